@@ -1,0 +1,4 @@
+/// Everything strait offers, in one import. A part can be imported alone: `import strait.ring;`.
+export module strait;
+
+export import strait.error;
