@@ -2,3 +2,5 @@
 export module strait;
 
 export import strait.error;
+export import strait.ring;
+export import strait.park;

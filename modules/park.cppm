@@ -1,0 +1,254 @@
+module;
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <optional>
+export module strait.park;
+
+export import strait.ring;
+
+/// Waiting: spin policy, futex, doorbell, and the one wake protocol that everything else uses.
+///
+/// Each end of a channel has one word in shared memory that tells what its owner is doing (`presence`).
+///
+///     waiter                                  sender
+///     ------                                  ------
+///     word = thread_parked | hub_parked       publish a message (or room)
+///     heavy barrier                           light barrier
+///     look once more at every lane            read the word
+///     sleep                                   parked? take it back to `awake`; the one who did rings
+///
+/// Either the sender sees the announcement, or the waiter sees the message: that is Dekker's argument, and it needs a
+/// StoreLoad order on both sides. The waiter buys both with one membarrier, so that a sender pays for a compiler
+/// barrier only (`store_load`).
+///
+/// | word value             | written by                                        | when                                     |
+/// |------------------------|---------------------------------------------------|------------------------------------------|
+/// | awake                  | owner; or a ringer, by compare-exchange           | attach, wake                             |
+/// | thread_/hub_parked     | owner                                             | before it sleeps                         |
+/// | closed                 | owner                                             | its last store                           |
+/// | dead                   | a survivor, under the gate, with the lock free    | the owner's process is gone: no race     |
+export namespace strait {
+
+/// What the owner of an end is doing; one 32-bit word in shared memory.
+enum class presence : std::uint32_t {
+  vacant = 0,
+  awake = 1,
+  thread_parked = 2,
+  hub_parked = 3,
+  closed = 4,
+  dead = 5,
+};
+
+/// How the StoreLoad order between a publication and the read of the presence word is had. Fixed when a channel is
+/// created; all its ends must agree.
+enum class store_load : std::uint32_t {
+  /// Every sender executes a fence for each send: 4 to 10 times slower item by item.
+  by_fence = 1,
+  /// The waiter calls membarrier(PRIVATE_EXPEDITED): both ends are in one process.
+  by_process_barrier = 2,
+  /// The waiter calls membarrier(GLOBAL_EXPEDITED): every attached process has registered.
+  by_machine_barrier = 3,
+};
+
+static_assert(std::atomic<std::uint32_t>::is_always_lock_free, "a futex word must not hide a lock");
+static_assert(sizeof(std::atomic<std::uint32_t>) == 4, "a futex word has 32 bits");
+
+/// Registers this process for the machine barrier; again after exec, which forgets it. Idempotent and cheap after the
+/// first call; the first may take tens of milliseconds when threads run already.
+///
+/// Waits: never. Allocates: never. Errors: false when the kernel refuses. Complexity: one system call, once.
+[[nodiscard]] bool register_barrier(store_load kind) noexcept;
+
+/// Makes every store that this thread did before it visible to all, and every publication of the others that came
+/// before it visible to this thread. About a microsecond; only who is about to sleep calls it.
+void heavy_barrier(store_load kind) noexcept;
+
+/// The production policy: std::atomic, and the barriers of the kernel.
+struct native_waiting : native_atomics {
+  static void light_barrier(store_load kind) noexcept {
+#if defined(__SANITIZE_THREAD__) || (defined(__has_feature) && __has_feature(thread_sanitizer))
+    // ThreadSanitizer models no fences and knows nothing of membarrier: a read-modify-write is its full barrier.
+    static std::atomic<std::uint32_t> order{0};
+    order.fetch_add(1, std::memory_order_seq_cst);
+    (void)kind;
+#else
+    if (kind == store_load::by_fence) [[unlikely]] {
+      // Pairs with the waiter's fence in heavy_barrier: orders our publication before our read of the word.
+      std::atomic_thread_fence(std::memory_order_seq_cst);
+    } else {
+      // The CPU's order is bought by the waiter's membarrier; the compiler's is ours to keep.
+      std::atomic_signal_fence(std::memory_order_seq_cst);
+    }
+#endif
+  }
+  static void heavy_barrier(store_load kind) noexcept { strait::heavy_barrier(kind); }
+};
+
+/// The owner says that it is about to sleep. Then: heavy_barrier, look once more, and only then sleep.
+template <class Word>
+inline void announce(Word& word, presence parked) noexcept {
+  // relaxed: the heavy barrier that must follow orders it against our last look and against every sender.
+  word.store(static_cast<std::uint32_t>(parked), std::memory_order_relaxed);
+}
+
+/// The owner is awake again. Returns true when nobody had rung: no wake-up is on its way.
+template <class Word>
+inline bool take_back(Word& word) noexcept {
+  // acq_rel: a ringer's compare-exchange released what it published before it rang; we are about to read that.
+  const auto was = static_cast<presence>(
+      word.exchange(static_cast<std::uint32_t>(presence::awake), std::memory_order_acq_rel));
+  return was == presence::thread_parked || was == presence::hub_parked;
+}
+
+/// After a publication: whom to ring. `awake` (nobody) unless the owner of `word` sleeps and this caller is the one of
+/// possibly many that took the announcement back.
+///
+/// Waits: never. Allocates: never. Complexity: one load while the owner is awake.
+template <class Policy = native_waiting, class Word>
+[[nodiscard]] inline presence claim_ring(Word& word, store_load kind) noexcept {
+  Policy::light_barrier(kind);
+  // relaxed: the barrier pair above orders it after our publication.
+  std::uint32_t now = word.load(std::memory_order_relaxed);
+  if (now != static_cast<std::uint32_t>(presence::thread_parked) &&
+      now != static_cast<std::uint32_t>(presence::hub_parked)) [[likely]] {
+    return presence::awake;
+  }
+  // acq_rel: release hands our publication to take_back; acquire orders what the owner wrote about its doorbell before
+  // it announced. A compare-exchange, because the owner may have closed meanwhile, and `closed` must stay.
+  if (word.compare_exchange_strong(now, static_cast<std::uint32_t>(presence::awake), std::memory_order_acq_rel,
+                                   std::memory_order_relaxed)) {
+    return static_cast<presence>(now);
+  }
+  return presence::awake;
+}
+
+/// Sleeps while the word holds `parked`, until `deadline` if there is one. Returns on every signal and spurious wake.
+/// The futex is shared: the waker may be another process. `std::atomic::wait` would not do, its futex is private.
+///
+/// Waits: parks. Allocates: never. Complexity: one system call.
+void futex_sleep(std::atomic<std::uint32_t>& word, presence parked,
+                 std::optional<std::chrono::steady_clock::time_point> deadline) noexcept;
+
+/// Wakes the thread that sleeps on the word.
+void futex_wake(std::atomic<std::uint32_t>& word) noexcept;
+
+/// An eventfd by which a hub of this process is woken: a latch, readable from the first ring until `drain`.
+class doorbell {
+ public:
+  /// Makes the eventfd and enters it in this process's list under a number of its own.
+  doorbell();
+  ~doorbell();
+  doorbell(const doorbell&) = delete;
+  doorbell& operator=(const doorbell&) = delete;
+
+  /// The number under which this process's sentry and senders find it; never used twice in a process.
+  [[nodiscard]] std::uint64_t number() const noexcept { return number_; }
+  [[nodiscard]] int descriptor() const noexcept { return descriptor_; }
+
+  /// Resets the latch.
+  void drain() noexcept;
+
+  /// Rings the bell of that number in this process; nothing happens when it is gone.
+  static void ring(std::uint64_t number) noexcept;
+
+  /// A duplicate of that bell's descriptor, to be sent to another process; -1 when it is gone.
+  [[nodiscard]] static int duplicate(std::uint64_t number) noexcept;
+
+ private:
+  int descriptor_;
+  std::uint64_t number_;
+};
+
+/// How an end waits.
+enum class wait_policy : std::uint32_t {
+  /// Spins while a message is likely to come sooner than a wake-up would cost, then parks. Learns.
+  adaptive,
+  /// Never parks.
+  busy,
+  /// Never spins.
+  park,
+};
+
+/// Nanoseconds of the steady clock.
+[[nodiscard]] inline std::int64_t now_ns() noexcept {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+/// CPUs that this process may use, counted once.
+[[nodiscard]] unsigned usable_cpu_count() noexcept;
+
+/// How long to spin, learnt from how spinning and parking went. Private to one waiting thread.
+///
+/// A spin that was answered costs what it took; one that was not costs its whole length, and a park costs two
+/// wake-ups. So the budget doubles when a park turned out shorter than a wake-up costs, and halves when a spin was in
+/// vain. A gap between two looks at the clock that no instruction explains means that somebody else has our CPU:
+/// there are more runnable threads than CPUs, and spinning only keeps the sender from running.
+class spin_budget {
+ public:
+  spin_budget() = default;
+  spin_budget(wait_policy policy, std::int64_t first, std::int64_t longest) noexcept
+      : policy_{policy}, budget_{first}, longest_{longest} {
+    if (policy == wait_policy::park || (policy == wait_policy::adaptive && usable_cpu_count() == 1)) {
+      budget_ = 0;
+      longest_ = 0;
+    }
+  }
+
+  /// How long to spin now, in nanoseconds.
+  [[nodiscard]] std::int64_t length() const noexcept { return policy_ == wait_policy::busy ? longest_ : budget_; }
+
+  void answered() noexcept { grow(); }
+  void in_vain() noexcept { budget_ = budget_ / 2 < shortest ? 0 : budget_ / 2; }
+  /// We lost our CPU while spinning.
+  void preempted() noexcept { budget_ = 0; }
+  /// A park ended after `slept` nanoseconds.
+  void parked_for(std::int64_t slept) noexcept {
+    if (slept < 2 * longest_) grow();
+  }
+
+  /// A gap in the clock that means preemption, in nanoseconds.
+  static constexpr std::int64_t preemption_gap = 200'000;
+
+ private:
+  static constexpr std::int64_t shortest = 250;
+  void grow() noexcept {
+    const std::int64_t next = budget_ == 0 ? 4 * shortest : 2 * budget_;
+    budget_ = next < longest_ ? next : longest_;
+  }
+
+  wait_policy policy_ = wait_policy::adaptive;
+  std::int64_t budget_ = 0;
+  std::int64_t longest_ = 0;
+};
+
+/// How long to leave the sender's line alone once a lane has run empty.
+///
+/// A consumer that keeps up with a stream finds its lane empty after every few messages; if it looks again at once,
+/// the line with `tail` crosses for each message. If it waits for a moment, one crossing announces many messages. In
+/// ping-pong that same moment is latency. Two messages found at once prove that their sender did not wait for an
+/// answer between them: it streams, and the pause doubles. One message alone ends it.
+class gather_pause {
+ public:
+  /// Before a look at a lane that has just run empty.
+  void before_look() const noexcept {
+    for (std::uint32_t i = 0; i < pauses_; ++i) cpu_relax();
+  }
+  /// After a look that found `messages` > 0.
+  void found(std::uint64_t messages) noexcept {
+    if (messages < 2) {
+      pauses_ = 0;
+    } else if (pauses_ < longest) {
+      pauses_ = pauses_ == 0 ? 4 : pauses_ * 2;
+    }
+  }
+
+  /// In PAUSE instructions; a few hundred nanoseconds to two microseconds, by CPU.
+  static constexpr std::uint32_t longest = 64;
+
+ private:
+  std::uint32_t pauses_ = 0;
+};
+
+}  // namespace strait

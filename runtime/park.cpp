@@ -1,0 +1,139 @@
+module;
+#include <errno.h>
+#include <linux/futex.h>
+#include <linux/membarrier.h>
+#include <sched.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <ctime>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <system_error>
+#include <fcntl.h>
+module strait.park;
+
+namespace strait {
+namespace {
+
+int membarrier(int command) noexcept { return static_cast<int>(::syscall(SYS_membarrier, command, 0, 0)); }
+
+int registration_command(store_load kind) noexcept {
+  return kind == store_load::by_machine_barrier ? MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED
+                                                : MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED;
+}
+
+/// This process's doorbells by number. A ringer holds the mutex while it writes, so that a descriptor is never
+/// written after its doorbell closed it and the kernel gave the number to something else.
+struct doorbell_list {
+  std::mutex mutex;
+  std::uint64_t next = 1;
+  std::map<std::uint64_t, int> descriptors;
+};
+
+doorbell_list& doorbells() {
+  static auto* list = new doorbell_list;  // outlives every thread that may still ring
+  return *list;
+}
+
+}  // namespace
+
+bool register_barrier(store_load kind) noexcept {
+  if (kind == store_load::by_fence) return true;
+  static std::atomic<bool> process_registered{false};
+  static std::atomic<bool> machine_registered{false};
+  auto& registered = kind == store_load::by_machine_barrier ? machine_registered : process_registered;
+  // relaxed: the kernel's registration orders itself; a second one is harmless.
+  if (registered.load(std::memory_order_relaxed)) return true;
+  if (membarrier(registration_command(kind)) != 0) return false;
+  registered.store(true, std::memory_order_relaxed);
+  return true;
+}
+
+void heavy_barrier(store_load kind) noexcept {
+#if defined(__has_feature) && __has_feature(thread_sanitizer)
+  native_waiting::light_barrier(kind);
+#else
+  // Pairs with native_waiting::light_barrier. The fence is what we owe for ourselves; membarrier makes every other
+  // running thread of the registered processes execute one, too.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (kind == store_load::by_process_barrier) {
+    membarrier(MEMBARRIER_CMD_PRIVATE_EXPEDITED);
+  } else if (kind == store_load::by_machine_barrier) {
+    membarrier(MEMBARRIER_CMD_GLOBAL_EXPEDITED);
+  }
+#endif
+}
+
+void futex_sleep(std::atomic<std::uint32_t>& word, presence parked,
+                 std::optional<std::chrono::steady_clock::time_point> deadline) noexcept {
+  // FUTEX_WAIT_BITSET takes an absolute time of CLOCK_MONOTONIC, which is what steady_clock counts.
+  timespec until{};
+  if (deadline) {
+    const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(deadline->time_since_epoch()).count();
+    until.tv_sec = static_cast<time_t>(ns / 1'000'000'000);
+    until.tv_nsec = static_cast<long>(ns % 1'000'000'000);
+  }
+  // EAGAIN (rung already), EINTR and ETIMEDOUT all mean the same to the caller: look again.
+  ::syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAIT_BITSET, static_cast<std::uint32_t>(parked),
+            deadline ? &until : nullptr, nullptr, FUTEX_BITSET_MATCH_ANY);
+}
+
+void futex_wake(std::atomic<std::uint32_t>& word) noexcept {
+  ::syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAKE, 1, nullptr, nullptr, 0);
+}
+
+doorbell::doorbell() : descriptor_{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)} {
+  if (descriptor_ < 0) throw std::system_error{errno, std::system_category(), "eventfd for a hub's doorbell"};
+  auto& list = doorbells();
+  const std::lock_guard lock{list.mutex};
+  number_ = list.next++;
+  list.descriptors.emplace(number_, descriptor_);
+}
+
+doorbell::~doorbell() {
+  auto& list = doorbells();
+  const std::lock_guard lock{list.mutex};
+  list.descriptors.erase(number_);
+  ::close(descriptor_);
+}
+
+void doorbell::drain() noexcept {
+  std::uint64_t rings = 0;
+  // EAGAIN: nobody rang. There is nothing else that a read of our own eventfd can say.
+  [[maybe_unused]] const auto got = ::read(descriptor_, &rings, sizeof rings);
+}
+
+void doorbell::ring(std::uint64_t number) noexcept {
+  auto& list = doorbells();
+  const std::lock_guard lock{list.mutex};
+  const auto found = list.descriptors.find(number);
+  if (found == list.descriptors.end()) return;
+  const std::uint64_t one = 1;
+  // EAGAIN: the counter is full, so the bell is readable as it should be.
+  [[maybe_unused]] const auto put = ::write(found->second, &one, sizeof one);
+}
+
+int doorbell::duplicate(std::uint64_t number) noexcept {
+  auto& list = doorbells();
+  const std::lock_guard lock{list.mutex};
+  const auto found = list.descriptors.find(number);
+  return found == list.descriptors.end() ? -1 : ::fcntl(found->second, F_DUPFD_CLOEXEC, 0);
+}
+
+unsigned usable_cpu_count() noexcept {
+  static const unsigned count = [] {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    if (::sched_getaffinity(0, sizeof set, &set) != 0) return 1U;
+    return static_cast<unsigned>(CPU_COUNT(&set));
+  }();
+  return count;
+}
+
+}  // namespace strait
