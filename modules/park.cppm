@@ -101,8 +101,26 @@ inline bool take_back(Word& word) noexcept {
   return was == presence::thread_parked || was == presence::hub_parked;
 }
 
-/// After a publication: whom to ring. `awake` (nobody) unless the owner of `word` sleeps and this caller is the one of
-/// possibly many that took the announcement back.
+/// The waiter's half of the protocol, up to the sleep: announce, make it visible, look once more. True: the caller may
+/// sleep on whatever `parked` names, and must `take_back` when it wakes. False: there was something, and the
+/// announcement was taken back.
+///
+/// A hub that waits for many ends announces in each of their words, pays one barrier, and looks at each: the same three
+/// steps in the same order.
+///
+/// Waits: never. Allocates: never. Complexity: one barrier (a system call) and one look.
+template <class Policy = native_waiting, class Word, class Look>
+[[nodiscard]] inline bool prepare_park(Word& word, presence parked, store_load kind, Look&& something_there) {
+  announce(word, parked);
+  Policy::heavy_barrier(kind);
+  if (!something_there()) return true;
+  take_back(word);
+  return false;
+}
+
+/// After a publication: what the owner of `word` is doing, and whether to ring it. `thread_parked` or `hub_parked` come
+/// back only to the one caller, of possibly many, that took the announcement back and so must ring; every other value
+/// is what the word holds, and nobody needs to be rung.
 ///
 /// Waits: never. Allocates: never. Complexity: one load while the owner is awake.
 template <class Policy = native_waiting, class Word>
@@ -112,16 +130,44 @@ template <class Policy = native_waiting, class Word>
   std::uint32_t now = word.load(std::memory_order_relaxed);
   if (now != static_cast<std::uint32_t>(presence::thread_parked) &&
       now != static_cast<std::uint32_t>(presence::hub_parked)) [[likely]] {
-    return presence::awake;
+    return static_cast<presence>(now);
   }
   // acq_rel: release hands our publication to take_back; acquire orders what the owner wrote about its doorbell before
   // it announced. A compare-exchange, because the owner may have closed meanwhile, and `closed` must stay.
+  const auto parked = static_cast<presence>(now);
   if (word.compare_exchange_strong(now, static_cast<std::uint32_t>(presence::awake), std::memory_order_acq_rel,
                                    std::memory_order_relaxed)) {
-    return static_cast<presence>(now);
+    return parked;
   }
-  return presence::awake;
+  const auto found = static_cast<presence>(now);
+  return found == presence::thread_parked || found == presence::hub_parked ? presence::awake : found;
 }
+
+/// The latch before a doorbell: of all ringers between two resets only the first makes the system call.
+///
+/// | shared word | written by                          | what the other side may be doing                              |
+/// |-------------|-------------------------------------|---------------------------------------------------------------|
+/// | rung_       | ringers set it, the owner resets it | the owner has read the eventfd and not yet looked at its lanes |
+///
+/// The owner reads the eventfd first, resets second and looks at its lanes third. A ringer that still finds the latch
+/// set comes before the reset, so its message is seen by the look; one that comes after it writes the eventfd.
+template <class Atomics = native_atomics>
+class bell_latch {
+ public:
+  /// True: the caller is the one who writes the eventfd.
+  [[nodiscard]] bool claim() noexcept {
+    // acq_rel: the reset that follows in the word's order acquires what this ringer published.
+    return rung_.exchange(1, std::memory_order_acq_rel) == 0;
+  }
+  /// After the eventfd was read, before the lanes are looked at.
+  void reset() noexcept {
+    // A read-modify-write, not a store: it must read the last ringer's exchange to acquire what that ringer published.
+    rung_.exchange(0, std::memory_order_acq_rel);
+  }
+
+ private:
+  typename Atomics::template atomic<std::uint32_t> rung_{0};
+};
 
 /// Sleeps while the word holds `parked`, until `deadline` if there is one. Returns on every signal and spurious wake.
 /// The futex is shared: the waker may be another process. `std::atomic::wait` would not do, its futex is private.
@@ -146,10 +192,10 @@ class doorbell {
   [[nodiscard]] std::uint64_t number() const noexcept { return number_; }
   [[nodiscard]] int descriptor() const noexcept { return descriptor_; }
 
-  /// Resets the latch.
+  /// Empties the eventfd and resets the latch; the lanes are looked at after this, never before.
   void drain() noexcept;
 
-  /// Rings the bell of that number in this process; nothing happens when it is gone.
+  /// Rings the bell of that number in this process; nothing happens when it is gone or already rung.
   static void ring(std::uint64_t number) noexcept;
 
   /// A duplicate of that bell's descriptor, to be sent to another process; -1 when it is gone.
@@ -158,6 +204,7 @@ class doorbell {
  private:
   int descriptor_;
   std::uint64_t number_;
+  bell_latch<> latch_;
 };
 
 /// How an end waits.

@@ -205,10 +205,10 @@ class lane_consumer {
       corrupt_ = true;
       return 0;
     }
-    // Exactly one message after an empty lane: it was published alone, so its copy lies beside `tail`. A consumer
-    // that has just attached did not see the lane empty, and the message may be the last of a batch.
-    lone_ = there == 1 && seen_empty_;
-    seen_empty_ = true;
+    // Exactly one message after an empty lane: it was published alone, so its copy lies beside `tail`. When messages
+    // were still known, or to a consumer that has just attached, it may as well be the last of a batch.
+    lone_ = there == 1 && known() == 0 && attached_;
+    attached_ = true;
     tail_seen_ = tail;
     return there;
   }
@@ -280,7 +280,8 @@ class lane_consumer {
   std::uint64_t tail_seen_ = 0;
   std::uint64_t published_ = 0;
   bool lone_ = false;
-  bool seen_empty_ = false;
+  /// Whether a look has been made: only then does `known() == 0` mean that the lane was seen empty.
+  bool attached_ = false;
   bool corrupt_ = false;
 };
 

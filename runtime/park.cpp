@@ -1,5 +1,6 @@
 module;
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <linux/membarrier.h>
 #include <sched.h>
@@ -15,7 +16,6 @@ module;
 #include <mutex>
 #include <optional>
 #include <system_error>
-#include <fcntl.h>
 module strait.park;
 
 namespace strait {
@@ -33,7 +33,11 @@ int registration_command(store_load kind) noexcept {
 struct doorbell_list {
   std::mutex mutex;
   std::uint64_t next = 1;
-  std::map<std::uint64_t, int> descriptors;
+  struct entry {
+    int descriptor;
+    bell_latch<>* latch;
+  };
+  std::map<std::uint64_t, entry> entries;
 };
 
 doorbell_list& doorbells() {
@@ -93,13 +97,13 @@ doorbell::doorbell() : descriptor_{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)} {
   auto& list = doorbells();
   const std::lock_guard lock{list.mutex};
   number_ = list.next++;
-  list.descriptors.emplace(number_, descriptor_);
+  list.entries.emplace(number_, doorbell_list::entry{descriptor_, &latch_});
 }
 
 doorbell::~doorbell() {
   auto& list = doorbells();
   const std::lock_guard lock{list.mutex};
-  list.descriptors.erase(number_);
+  list.entries.erase(number_);
   ::close(descriptor_);
 }
 
@@ -107,23 +111,24 @@ void doorbell::drain() noexcept {
   std::uint64_t rings = 0;
   // EAGAIN: nobody rang. There is nothing else that a read of our own eventfd can say.
   [[maybe_unused]] const auto got = ::read(descriptor_, &rings, sizeof rings);
+  latch_.reset();
 }
 
 void doorbell::ring(std::uint64_t number) noexcept {
   auto& list = doorbells();
   const std::lock_guard lock{list.mutex};
-  const auto found = list.descriptors.find(number);
-  if (found == list.descriptors.end()) return;
+  const auto found = list.entries.find(number);
+  if (found == list.entries.end() || !found->second.latch->claim()) return;
   const std::uint64_t one = 1;
   // EAGAIN: the counter is full, so the bell is readable as it should be.
-  [[maybe_unused]] const auto put = ::write(found->second, &one, sizeof one);
+  [[maybe_unused]] const auto put = ::write(found->second.descriptor, &one, sizeof one);
 }
 
 int doorbell::duplicate(std::uint64_t number) noexcept {
   auto& list = doorbells();
   const std::lock_guard lock{list.mutex};
-  const auto found = list.descriptors.find(number);
-  return found == list.descriptors.end() ? -1 : ::fcntl(found->second, F_DUPFD_CLOEXEC, 0);
+  const auto found = list.entries.find(number);
+  return found == list.entries.end() ? -1 : ::fcntl(found->second.descriptor, F_DUPFD_CLOEXEC, 0);
 }
 
 unsigned usable_cpu_count() noexcept {
