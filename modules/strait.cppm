@@ -2,5 +2,7 @@
 export module strait;
 
 export import strait.error;
+export import strait.memory;
 export import strait.ring;
 export import strait.park;
+export import strait.endpoint;
