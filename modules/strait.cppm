@@ -6,3 +6,5 @@ export import strait.memory;
 export import strait.ring;
 export import strait.park;
 export import strait.endpoint;
+export import strait.task;
+export import strait.hub;
