@@ -2,5 +2,6 @@
 export module strait;
 
 export import strait.error;
+export import strait.topology;
 export import strait.ring;
 export import strait.park;
