@@ -30,6 +30,24 @@ topology synthetic(const char* description) {
 
 using ids = std::vector<unsigned>;
 
+/// The exit status of this program, run anew with that one skipped case after `prepare()`; a process discovers its
+/// `machine()` once, and what a sanitizer started has the affinity mask of its beginnings.
+template <class Prepare>
+int status_of(const char* skipped_case, Prepare prepare) {
+  const std::string filter = std::string{"--test-case="} + skipped_case;
+  const pid_t child = ::fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    if (!prepare()) ::_exit(126);
+    ::execl("/proc/self/exe", "test-topology", "--no-skip", filter.c_str(), static_cast<char*>(nullptr));
+    ::_exit(127);
+  }
+  int status = -1;
+  REQUIRE(::waitpid(child, &status, 0) == child);
+  REQUIRE(WIFEXITED(status));
+  return WEXITSTATUS(status);
+}
+
 }  // namespace
 
 TEST_CASE("a machine of one node without hardware threads") {
@@ -106,11 +124,11 @@ TEST_CASE("a second memory beside the same CPUs is no node to work on") {
   CHECK(t.nodes()[0].id != t.nodes()[1].id);
 }
 
-TEST_CASE("a node without memory keeps its CPUs and says so") {
-  const topology t = synthetic("pack:2 [numa(memory=0)] core:2 pu:1");
+TEST_CASE("a node tells how much memory it has") {
+  const topology t = synthetic("pack:2 [numa(memory=4294967296)] core:2 pu:1");
   REQUIRE(t.nodes().size() == 2);
   CHECK(t.nodes()[1].cpus == ids{2, 3});
-  CHECK(t.nodes()[1].memory == 0);
+  CHECK(t.nodes()[1].memory == 4294967296);
 }
 
 TEST_CASE("placements have names") {
@@ -145,23 +163,23 @@ TEST_CASE("this machine: every CPU that the process may use, once, in one node")
   CHECK(in_nodes.size() == t.cpu_count());
 }
 
+// Run by the case below.
+TEST_CASE("child: narrowed to one CPU" * doctest::skip()) {
+  const topology& t = topology::machine();
+  CHECK(t.cpu_count() == 1);
+  CHECK(t.core_count() == 1);
+  CHECK(t.nodes().size() == 1);
+  CHECK(strait::this_cpu() == static_cast<int>(t.cpus()[0].id));
+}
+
 TEST_CASE("a narrowed affinity mask narrows the machine") {
-  // In a child, whose one thread's mask is the mask of the process; doctest stays with the parent, so the status tells.
   const unsigned last = topology::machine().cpus().back().id;
-  const pid_t child = ::fork();
-  REQUIRE(child >= 0);
-  if (child == 0) {
-    cpu_set_t one;
-    CPU_ZERO(&one);
-    CPU_SET(last, &one);
-    if (::sched_setaffinity(0, sizeof one, &one) != 0) ::_exit(1);
-    const topology t = topology::discover();
-    ::_exit(t.cpu_count() == 1 && t.cpus()[0].id == last && t.nodes().size() == 1 ? 0 : 2);
-  }
-  int status = -1;
-  REQUIRE(::waitpid(child, &status, 0) == child);
-  REQUIRE(WIFEXITED(status));
-  CHECK(WEXITSTATUS(status) == 0);
+  CHECK(status_of("child: narrowed to one CPU", [last] {
+          cpu_set_t one;
+          CPU_ZERO(&one);
+          CPU_SET(last, &one);
+          return ::sched_setaffinity(0, sizeof one, &one) == 0;
+        }) == 0);
 }
 
 TEST_CASE("a pinned thread runs on its CPU and on no other") {
@@ -190,7 +208,7 @@ TEST_CASE("pinning to a CPU that does not exist is refused and changes nothing")
   CHECK(CPU_EQUAL(&before, &after));
 }
 
-// Run by the case below in a process of its own, since a process discovers `machine()` once.
+// Run by the case below.
 TEST_CASE("child: pinning on a synthetic machine" * doctest::skip()) {
   REQUIRE(!topology::machine().is_this_machine());
   CHECK(topology::machine().cpu_count() == 2);
@@ -198,16 +216,6 @@ TEST_CASE("child: pinning on a synthetic machine" * doctest::skip()) {
 }
 
 TEST_CASE("on a synthetic machine nothing is pinned") {
-  const pid_t child = ::fork();
-  REQUIRE(child >= 0);
-  if (child == 0) {
-    ::setenv("HWLOC_SYNTHETIC", "core:2 pu:1", 1);
-    ::execl("/proc/self/exe", "test-topology", "--no-skip", "--test-case=child: pinning on a synthetic machine",
-            static_cast<char*>(nullptr));
-    ::_exit(127);
-  }
-  int status = -1;
-  REQUIRE(::waitpid(child, &status, 0) == child);
-  REQUIRE(WIFEXITED(status));
-  CHECK(WEXITSTATUS(status) == 0);
+  CHECK(status_of("child: pinning on a synthetic machine",
+                  [] { return ::setenv("HWLOC_SYNTHETIC", "core:2 pu:1", 1) == 0; }) == 0);
 }
