@@ -95,11 +95,11 @@ double value_of(const lane& one, const job& task) {
   return 0;
 }
 
-std::string state_of(const lane& one, const job& task) {
+std::string state_of(const lane& one, const job& task, bool one_cpu) {
   std::string state;
   switch (task.kind) {
     case work::spin:
-      state = "spinning";
+      state = one_cpu ? "yielding" : "spinning";
       break;
     case work::parked:
       state = "parked";
@@ -125,7 +125,7 @@ row to_row(lane& one, const bench_case& what, const conductor& by) {
   row result{.kase = std::string{what.name},
              .subject = std::string{one.what->name},
              .placement = what.task.kind == work::ready ? "one thread" : by.where().words,
-             .state = state_of(one, what.task),
+             .state = state_of(one, what.task, by.where().one_cpu()),
              .unit = std::string{what.unit},
              .median = over_rounds.median,
              .min = over_rounds.min,

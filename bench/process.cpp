@@ -86,7 +86,8 @@ end::round end::next_round() {
   }
   if (shared_.over != 0) return {};
   report_.samples = 0;
-  if (number_ == 1) fault_ = shared_.fault;
+  // Not in the first round: something must have come whole before.
+  if (number_ == 2) fault_ = shared_.fault;
   if (shared_.kind != work::ready) {
     const end_report& other = shared_.ends[producing() ? 1 : 0];
     report_.arrived.store(number_, std::memory_order_release);
