@@ -1,8 +1,12 @@
 module;
 #include <atomic>
 #include <chrono>
+#include <compare>
+#include <condition_variable>
 #include <cstdint>
+#include <mutex>
 #include <optional>
+#include <thread>
 export module strait.park;
 
 export import strait.ring;
@@ -205,6 +209,83 @@ class doorbell {
   int descriptor_;
   std::uint64_t number_;
   bell_latch<> latch_;
+};
+
+/// A process as others find it: 128 random bits, drawn when it first opens a channel that others can enter. Process ids
+/// are for people to read; they are reused, and mean nothing in another PID namespace.
+struct process_identity {
+  std::uint64_t high = 0;
+  std::uint64_t low = 0;
+  friend bool operator==(const process_identity&, const process_identity&) = default;
+  friend auto operator<=>(const process_identity&, const process_identity&) = default;
+};
+
+/// This process's identity. The first call opens its mailbox, a Unix socket in the abstract namespace named after the
+/// identity, where others leave the doorbells by which this process may ring them. When no socket can be had, nobody
+/// can leave one, and hubs elsewhere wait on the futex instead.
+///
+/// Waits: never. Allocates: once. Errors: none. Complexity: constant after the first call.
+[[nodiscard]] process_identity this_process();
+
+/// Leaves the doorbell `number` of this process in the mailbox of process `to`, once. False: it cannot be reached
+/// (another network namespace, another user, a full mailbox); it then must be waited for on the futex.
+///
+/// Waits: never. Allocates: the first time for each process. Errors: none. Complexity: one look-up after the first time.
+[[nodiscard]] bool offer_doorbell(process_identity to, std::uint64_t number) noexcept;
+
+/// Rings doorbell `number` of process `owner`, which may be this one. Its hub left the bell in our mailbox before it
+/// parked, so this collects the mailbox when the bell is not known yet.
+///
+/// Waits: never. Allocates: the first time. Errors: none. Complexity: one system call.
+void ring_doorbell(process_identity owner, std::uint64_t number) noexcept;
+
+/// Who wants to know when a process may have ended.
+class process_watcher {
+ public:
+  /// Called by the sentry thread when the connection to the process ended, and again until it returns true. The end of
+  /// a connection proves nothing; this is where the lock is looked at.
+  virtual bool look() noexcept = 0;
+
+ protected:
+  ~process_watcher() = default;
+};
+
+/// Has the sentry call `watcher.look()` when there is reason to think that `process` ended. The sentry is one thread of
+/// this process that sleeps in epoll on one connection to each watched process; a process that it cannot connect to is
+/// looked at every ten milliseconds. It exists while something is watched.
+///
+/// Waits: never. Allocates: yes. Errors: `std::system_error` when no thread can be had. Complexity: constant after the
+/// first watcher of a process.
+void watch_process(process_identity process, process_watcher& watcher);
+
+/// After this returns, `watcher` is not called any more.
+///
+/// Waits: for a `look` in progress. Allocates: never. Errors: none.
+void unwatch_process(process_watcher& watcher) noexcept;
+
+/// Lets a hub sleep on a futex: a thread that waits until `word` no longer holds `thread_parked` and then rings the
+/// hub's doorbell. For peers that do not have the doorbell: those that have not attached yet, and those that cannot be
+/// reached over a socket.
+class futex_relay {
+ public:
+  futex_relay(std::atomic<std::uint32_t>& word, std::uint64_t doorbell_number);
+  /// The word must have been taken back.
+  ~futex_relay();
+  futex_relay(const futex_relay&) = delete;
+  futex_relay& operator=(const futex_relay&) = delete;
+  /// The word was announced as `thread_parked`; watch it now.
+  void arm();
+
+ private:
+  void run();
+
+  std::atomic<std::uint32_t>& word_;
+  std::uint64_t doorbell_number_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool armed_ = false;
+  std::atomic<bool> stopped_{false};
+  std::thread thread_;
 };
 
 /// How an end waits.

@@ -1,0 +1,304 @@
+module;
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+export module strait.endpoint;
+
+import strait.error;
+import strait.memory;
+export import strait.park;
+
+/// The engine under the handles: the table of ends in the segment, entering with its checks, closing, and death.
+///
+/// | shared word          | written by                                   | read by    | what a SIGKILL of its writer leaves       |
+/// |----------------------|----------------------------------------------|------------|-------------------------------------------|
+/// | presence             | see strait.park                              | both ends  | an end that looks alive with its lock free |
+/// | incarnation          | owner, entering, under the gate              | the peer   | a count of an end that never was awake     |
+/// | deaths, died_at      | who declares a death, under the gate         | the peer   | died_at without its death: written again   |
+/// | process, doorbell    | owner, before it announces `hub_parked`      | the ringer | nothing: nobody reads it while awake       |
+/// | poisoned             | who found an impossible value                | both ends  | the channel is unusable either way         |
+///
+/// **One truth about death**: an end is dead when its word says that it lives and its byte of the segment file is not
+/// locked. The sentry thread only looks when there is reason to; whoever enters looks, too.
+export namespace strait {
+
+enum class role : std::uint32_t { sender = 0, receiver = 1 };
+inline constexpr std::size_t role_count = 2;
+[[nodiscard]] constexpr role other(role r) noexcept { return r == role::sender ? role::receiver : role::sender; }
+[[nodiscard]] constexpr std::string_view to_string(role r) noexcept {
+  return r == role::sender ? "sender" : "receiver";
+}
+
+/// How a channel orders its publications against the peer's going to sleep; see `store_load`.
+enum class ordering : std::uint8_t {
+  /// The waiter pays with membarrier; with a fence for each send where the kernel has none.
+  automatic,
+  /// The sender pays with a fence for each send: for processes that may not call membarrier.
+  fence,
+};
+
+/// What a channel is made with. What is not said is taken from the channel that is there, or has the default.
+struct channel_options {
+  /// In messages, rounded up to a power of two. Default: that of the existing channel, or 1024.
+  std::optional<std::size_t> capacity = std::nullopt;
+  /// The NUMA node of the memory. Default: where the creator runs.
+  std::optional<unsigned> node = std::nullopt;
+  /// How this end waits.
+  wait_policy wait = wait_policy::adaptive;
+  /// The longest spin before this end parks, unless `wait` is `busy` or `park`.
+  std::chrono::nanoseconds longest_spin = std::chrono::microseconds{50};
+  open_mode open = open_mode::open_or_create;
+  /// Permissions of a segment that is created.
+  unsigned mode = 0600;
+  ordering order = ordering::automatic;
+};
+
+/// The message type as the segment's header tells it.
+struct message_shape {
+  std::string_view name;
+  std::uint32_t version = 0;
+  std::uint32_t bytes = 0;
+  std::uint32_t alignment = 0;
+};
+
+/// One end's entry in the segment.
+struct end_entry {
+  /// The park word, on a line of its own: the peer reads it after every publication.
+  alignas(line_padding) std::atomic<std::uint32_t> presence{0};
+
+  /// Counts the ends that held this role.
+  alignas(line_padding) std::atomic<std::uint32_t> incarnation{0};
+  /// Counts those that died in it.
+  std::atomic<std::uint32_t> deaths{0};
+  /// The lane's tail when the last sender died: what lies before it was committed by the dead.
+  std::atomic<std::uint64_t> died_at{0};
+  std::atomic<std::uint64_t> process_high{0};
+  std::atomic<std::uint64_t> process_low{0};
+  /// The doorbell of the hub that waits, within its process.
+  std::atomic<std::uint64_t> doorbell{0};
+  /// For people to read.
+  std::atomic<std::uint32_t> pid{0};
+};
+static_assert(sizeof(end_entry) == 2 * line_padding);
+
+/// The first page of a segment. Everything but the atomics is written before the segment has a name, and never again.
+struct segment_header {
+  std::uint64_t magic;
+  std::uint32_t layout_version;
+  std::uint32_t header_bytes;
+  std::uint64_t segment_bytes;
+  std::uint64_t capacity;
+  std::uint32_t message_bytes;
+  std::uint32_t message_alignment;
+  std::uint32_t message_version;
+  store_load barrier;
+  char message_name[64];
+  std::uint32_t creator_pid;
+  std::uint32_t slots_offset;
+  std::atomic<std::uint32_t> poisoned;
+
+  alignas(line_padding) end_entry ends[role_count];
+  lane_control<> lane;
+
+  static constexpr std::uint64_t expected_magic = 0x5354'5241'4954'0a00;  // "STRAIT\n\0"
+  static constexpr std::uint32_t expected_layout = 1;
+};
+static_assert(sizeof(segment_header) == 7 * line_padding);
+static_assert(offsetof(segment_header, ends) == line_padding);
+
+/// Why a wait ends without a message or room.
+enum class news : std::uint8_t { none, closed, died, corrupt };
+
+[[nodiscard]] constexpr errc to_errc(news n) noexcept {
+  switch (n) {
+    case news::died: return errc::peer_died;
+    case news::corrupt: return errc::corrupt;
+    default: return errc::closed;
+  }
+}
+
+/// One end of a channel: its place in the segment, and everything that is not on the path of each message.
+class endpoint final : private process_watcher {
+ public:
+  /// Enters the named channel, creating it where the options say so.
+  ///
+  /// Waits: parks while another end is entering or leaving. Allocates: the segment when it is created. Errors: see
+  /// `errc` and `open_segment`; nothing is changed in a segment that is refused. Complexity: system calls.
+  [[nodiscard]] static std::unique_ptr<endpoint> open(role mine, std::string_view name, const message_shape& shape,
+                                                      const channel_options& options);
+
+  /// Destroys the messages that were sent and never taken; called by the last end of a private channel.
+  using destroy_messages = void (*)(std::byte* slots, std::uint64_t mask, std::uint64_t head,
+                                    std::uint64_t tail) noexcept;
+
+  /// Makes a channel in this process's own memory.
+  [[nodiscard]] static std::pair<std::unique_ptr<endpoint>, std::unique_ptr<endpoint>> make_private(
+      const message_shape& shape, const channel_options& options, destroy_messages destroy);
+
+  /// Closes.
+  ~endpoint();
+  endpoint(const endpoint&) = delete;
+  endpoint& operator=(const endpoint&) = delete;
+
+  [[nodiscard]] lane_control<>& lane() const noexcept { return header_->lane; }
+  [[nodiscard]] std::byte* slots() const noexcept {
+    return reinterpret_cast<std::byte*>(header_) + slots_offset_;
+  }
+  [[nodiscard]] std::uint64_t capacity() const noexcept { return capacity_; }
+  [[nodiscard]] store_load barrier() const noexcept { return barrier_; }
+  [[nodiscard]] std::atomic<std::uint32_t>& own_word() const noexcept { return own().presence; }
+  [[nodiscard]] std::atomic<std::uint32_t>& peer_word() const noexcept { return peer().presence; }
+  [[nodiscard]] wait_policy policy() const noexcept { return policy_; }
+  [[nodiscard]] std::int64_t longest_spin() const noexcept { return longest_spin_; }
+  /// For error messages: `posix:orders`.
+  [[nodiscard]] const std::string& name() const noexcept { return text_; }
+
+  /// Rings the peer, whose announcement the caller took back with `claim_ring`.
+  void ring(presence parked) noexcept;
+
+  /// What happened to the peer, for an end that found nothing to do. `position` is this end's cursor. After anything but
+  /// `none` the caller looks at the lane once more, because the peer may have published before it left.
+  ///
+  /// Waits: never. Allocates: the first time for each peer process. Complexity: two loads of a line that rarely changes.
+  [[nodiscard]] inline news look_at_peer(std::uint64_t position) noexcept {
+    const end_entry& them = peer();
+    // acquire, for all three: pairs with the release of whoever closed, died_at or declared; what the peer published
+    // before that is then visible to the look that follows.
+    if (header_->poisoned.load(std::memory_order_acquire) != 0) return news::corrupt;
+    if (them.deaths.load(std::memory_order_acquire) != deaths_seen_ &&
+        (role_ == role::sender || position >= them.died_at.load(std::memory_order_relaxed))) {
+      return news::died;
+    }
+    const auto now = static_cast<presence>(them.presence.load(std::memory_order_acquire));
+    if (now == presence::closed) return news::closed;
+    if (now != presence::vacant && now != presence::dead && entered_ &&
+        // relaxed: written before the presence that was just read with acquire.
+        them.incarnation.load(std::memory_order_relaxed) != watched_incarnation_) [[unlikely]] {
+      watch_peer();
+    }
+    return news::none;
+  }
+
+  /// The death that `look_at_peer` told of was reported to the user.
+  void death_reported() noexcept {
+    // acquire: as in look_at_peer.
+    deaths_seen_ = peer().deaths.load(std::memory_order_acquire);
+  }
+
+  /// An impossible value was found in shared memory: nobody can use the channel any more.
+  void poison() noexcept;
+
+  /// Whether the peer closed, or the channel is poisoned.
+  [[nodiscard]] bool peer_closed() const noexcept {
+    // acquire: the caller may go on to look at the lane for what came before.
+    return static_cast<presence>(peer().presence.load(std::memory_order_acquire)) == presence::closed ||
+           header_->poisoned.load(std::memory_order_acquire) != 0;
+  }
+
+  /// Blocks the calling thread until `ready()`, spinning first as the policy says. False: the deadline passed.
+  template <class Ready>
+  bool wait(Ready&& ready, std::optional<std::chrono::steady_clock::time_point> deadline);
+
+  // For the hub, which waits for many ends with one doorbell.
+
+  /// Announces that a hub waits for this end with that doorbell; `heavy_barrier` and another look must follow.
+  ///
+  /// Errors: `std::system_error` when a thread is needed and none can be had; nothing is announced then.
+  void announce_hub(std::uint64_t doorbell_number);
+  /// The last look found nothing and the hub is about to sleep.
+  void hub_sleeps() noexcept;
+  /// The hub is awake.
+  void hub_awake() noexcept { take_back(own_word()); }
+
+ private:
+  /// What both ends of a private channel share.
+  struct private_channel;
+
+  endpoint() = default;
+  [[nodiscard]] end_entry& own() const noexcept { return header_->ends[static_cast<std::size_t>(role_)]; }
+  [[nodiscard]] end_entry& peer() const noexcept { return header_->ends[static_cast<std::size_t>(other(role_))]; }
+  void adopt(segment_header& header, role mine, const channel_options& options) noexcept;
+  void enter();
+  void watch_peer() noexcept;
+  bool look() noexcept override;
+  void close() noexcept;
+
+  // Read on the path of each message that found its peer not awake, and at each look at an empty lane.
+  segment_header* header_ = nullptr;
+  std::uint64_t capacity_ = 0;
+  role role_ = role::sender;
+  std::uint32_t slots_offset_ = 0;
+  std::uint32_t deaths_seen_ = 0;
+  std::atomic<std::uint32_t> watched_incarnation_{0};
+  /// Whether this end holds a role in a named segment: only there can a peer die.
+  bool entered_ = false;
+  store_load barrier_ = store_load::by_fence;
+
+  wait_policy policy_ = wait_policy::adaptive;
+  std::int64_t longest_spin_ = 0;
+  spin_budget spin_;
+
+  // The named segment.
+  std::string text_;
+  memory_name name_;
+  segment segment_;
+  std::uint32_t fork_generation_ = 0;
+  std::uint64_t offered_doorbell_ = 0;
+  std::uint32_t offered_incarnation_ = 0;
+  std::unique_ptr<futex_relay> relay_;
+  std::uint64_t relay_doorbell_ = 0;
+  bool hub_waits_on_futex_ = false;
+
+  std::shared_ptr<private_channel> private_;
+};
+
+template <class Ready>
+bool endpoint::wait(Ready&& ready, std::optional<std::chrono::steady_clock::time_point> deadline) {
+  for (;;) {
+    const std::int64_t start = now_ns();
+    std::int64_t last = start;
+    const std::int64_t length = spin_.length();
+    while (length > 0) {
+      constexpr int looks_between_clocks = 32;
+      for (int i = 0; i < looks_between_clocks; ++i) {
+        if (ready()) {
+          spin_.answered();
+          return true;
+        }
+        cpu_relax();
+      }
+      const std::int64_t now = now_ns();
+      if (deadline && std::chrono::steady_clock::now() >= *deadline) return false;
+      if (policy_ == wait_policy::busy) continue;
+      if (now - last > spin_budget::preemption_gap) {
+        spin_.preempted();
+        break;
+      }
+      if (now - start >= length) {
+        spin_.in_vain();
+        break;
+      }
+      last = now;
+    }
+    if (!prepare_park(own_word(), presence::thread_parked, barrier_, ready)) return true;
+    if (deadline && std::chrono::steady_clock::now() >= *deadline) {
+      take_back(own_word());
+      return ready();
+    }
+    const std::int64_t asleep = now_ns();
+    futex_sleep(own_word(), presence::thread_parked, deadline);
+    take_back(own_word());
+    spin_.parked_for(now_ns() - asleep);
+    if (ready()) return true;
+  }
+}
+
+}  // namespace strait

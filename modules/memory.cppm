@@ -1,0 +1,157 @@
+module;
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+export module strait.memory;
+
+/// Segments: where the shared words live, how they come into being at once, and the locks that tell who is alive.
+///
+/// A named segment is a file in a memory file system. Three things about it are the kernel's word, not ours:
+///
+///  - It appears whole. It is made as a file without a name, filled, and given its name by one `linkat`; a creator that
+///    dies before that leaves nothing.
+///  - An end is alive as long as it holds the lock on its byte. The lock belongs to an open file description of its own
+///    (an OFD lock), which dies with the process and with nothing else.
+///  - Entering and leaving are one at a time: who holds the lock on the first byte, the gate, may do either.
+export namespace strait {
+
+enum class memory_scheme : std::uint8_t {
+  /// Memory of this process alone; has no name.
+  private_memory,
+  /// A file in /dev/shm, as `shm_open` makes it.
+  posix,
+};
+
+/// A channel's name, taken apart.
+struct memory_name {
+  memory_scheme scheme = memory_scheme::posix;
+  std::string name;
+  /// As the user would write it: `posix:orders`.
+  [[nodiscard]] std::string text() const;
+};
+
+/// Takes `posix:orders` apart; no scheme means `posix:`.
+///
+/// Waits: never. Allocates: the name. Errors: `unknown_scheme`, `bad_name`. Complexity: linear in the text.
+[[nodiscard]] memory_name parse_memory_name(std::string_view text);
+
+/// What to do when the name exists, or does not.
+enum class open_mode : std::uint8_t {
+  /// Opens what is there, creates it otherwise.
+  open_or_create,
+  /// Creates it; an error when it is there.
+  create,
+  /// Opens what is there; an error when there is nothing.
+  open,
+};
+
+/// Pages of this process's address space; unmapped by the destructor.
+class mapping {
+ public:
+  mapping() = default;
+  /// Anonymous memory, placed on `node` if given, and touched.
+  ///
+  /// Waits: never. Allocates: `bytes` of pages. Errors: `no_space`, or the errno of mmap and mbind.
+  [[nodiscard]] static mapping anonymous(std::size_t bytes, std::optional<unsigned> node);
+  /// The first `bytes` of a file, shared and writable, placed on `node` if given. Not touched.
+  [[nodiscard]] static mapping of_file(int descriptor, std::size_t bytes, std::optional<unsigned> node,
+                                       const std::string& what);
+  mapping(mapping&& other) noexcept
+      : data_{std::exchange(other.data_, nullptr)}, bytes_{std::exchange(other.bytes_, 0)} {}
+  mapping& operator=(mapping&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~mapping();
+
+  [[nodiscard]] std::byte* data() const noexcept { return data_; }
+  [[nodiscard]] std::size_t size() const noexcept { return bytes_; }
+
+  /// Touches every page for writing, so that nobody meets a page fault later.
+  void populate() noexcept;
+
+ private:
+  mapping(std::byte* data, std::size_t bytes) noexcept : data_{data}, bytes_{bytes} {}
+  std::byte* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+/// Locks on single bytes of a file that belong to one open file description: dropped by the kernel when the process
+/// ends, however it ends. In a child made by fork the descriptor is closed, which leaves the parent's locks alone.
+class file_locks {
+ public:
+  file_locks() = default;
+  /// Takes the descriptor over.
+  explicit file_locks(int descriptor);
+  file_locks(file_locks&& other) noexcept;
+  file_locks& operator=(file_locks&& other) noexcept;
+  /// Drops all locks.
+  ~file_locks();
+
+  [[nodiscard]] int descriptor() const noexcept { return descriptor_; }
+  /// False when another description holds the byte.
+  [[nodiscard]] bool try_lock(std::uint64_t byte) noexcept;
+  /// Waits: parks in the kernel until the byte is free.
+  void lock(std::uint64_t byte) noexcept;
+  void unlock(std::uint64_t byte) noexcept;
+  /// Whether another description holds the byte.
+  [[nodiscard]] bool held_by_other(std::uint64_t byte) const noexcept;
+
+ private:
+  int descriptor_ = -1;
+};
+
+/// The byte whose lock is the gate: entering, leaving and declaring dead happen one at a time.
+inline constexpr std::uint64_t gate_byte = 0;
+
+/// Counts the forks that led to this process; an end that was opened under another count belongs to a parent.
+[[nodiscard]] std::uint32_t fork_generation() noexcept;
+
+/// A named segment that is open and whose gate this end holds.
+struct segment {
+  mapping map;
+  file_locks locks;
+  /// Whether this call created it.
+  bool created = false;
+};
+
+/// How to make a segment that is not there yet.
+struct segment_plan {
+  std::size_t bytes = 0;
+  unsigned mode = 0600;
+  std::optional<unsigned> node;
+  /// Writes the first contents; everything else is zero.
+  std::function<void(std::byte*)> fill;
+};
+
+/// What the examination of an existing segment came to.
+enum class verdict : std::uint8_t {
+  /// Ours to enter.
+  enter,
+  /// Nobody lives in it and it does not fit: take its name away and make a new one.
+  replace,
+};
+
+/// Opens or creates a named segment and returns with its gate held.
+///
+/// `examine` is called with the gate held, the first `min(size, header_bytes)` bytes of the file and the file's size; it
+/// throws, naming both sides, when the segment is not ours to enter, and tells how many bytes to map otherwise.
+///
+/// Waits: parks while another end is entering or leaving. Allocates: the segment. Errors: `no_space`, what `examine`
+/// throws, or the errno of the failing call. Complexity: a dozen system calls; touching the pages dominates.
+[[nodiscard]] segment open_segment(
+    const memory_name& name, open_mode mode, const segment_plan& plan, std::size_t header_bytes,
+    const std::function<verdict(std::span<const std::byte> header, std::uint64_t size, const file_locks& locks)>&
+        examine,
+    const std::function<std::size_t(std::span<const std::byte> header)>& bytes_to_map);
+
+/// Takes the name away if it still names the segment behind `locks`. The gate must be held.
+void remove_name(const memory_name& name, const file_locks& locks) noexcept;
+
+}  // namespace strait

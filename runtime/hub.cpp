@@ -1,0 +1,439 @@
+module;
+#include <asio/any_io_executor.hpp>
+#include <asio/error.hpp>
+#include <asio/execution_context.hpp>
+#include <asio/io_context.hpp>
+#include <asio/posix/stream_descriptor.hpp>
+#include <asio/post.hpp>
+#include <asio/strand.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <limits>
+#include <mutex>
+#include <optional>
+#include <system_error>
+#include <utility>
+module strait.hub;
+
+namespace strait {
+namespace {
+
+thread_local hub* current_hub = nullptr;
+/// The hub whose turn this thread is in, and so may touch the lists of.
+thread_local hub* turning_hub = nullptr;
+
+/// How long a turn lasts when others use the context: what a socket or a timer waits at most beside a busy channel.
+constexpr std::int64_t slice_ns = 50'000;
+constexpr int looks_between_clocks = 32;
+constexpr int completions_between_clocks = 16;
+
+enum class hub_state : std::uint32_t { idle, resident, parked };
+
+/// A doubly linked list through the nodes themselves.
+template <class Node>
+class intrusive_list {
+ public:
+  [[nodiscard]] bool empty() const noexcept { return first_ == nullptr; }
+  [[nodiscard]] bool single() const noexcept { return first_ != nullptr && first_ == last_; }
+  [[nodiscard]] Node* first() const noexcept { return first_; }
+
+  void push_back(Node& node) noexcept {
+    node.previous = last_;
+    node.next = nullptr;
+    (last_ != nullptr ? last_->next : first_) = &node;
+    last_ = &node;
+  }
+  void remove(Node& node) noexcept {
+    (node.previous != nullptr ? node.previous->next : first_) = node.next;
+    (node.next != nullptr ? node.next->previous : last_) = node.previous;
+    node.previous = nullptr;
+    node.next = nullptr;
+  }
+
+ private:
+  Node* first_ = nullptr;
+  Node* last_ = nullptr;
+};
+
+/// The executor that turns are posted to: a strand would make them wait for the user's own handlers.
+asio::any_io_executor without_strand(const asio::any_io_executor& executor) {
+  if (const auto* strand = executor.target<asio::strand<asio::any_io_executor>>()) return strand->get_inner_executor();
+  if (const auto* strand = executor.target<asio::strand<asio::io_context::executor_type>>()) {
+    return strand->get_inner_executor();
+  }
+  return executor;
+}
+
+/// | member          | written by                   | read by                        | orders                               |
+/// |-----------------|------------------------------|--------------------------------|--------------------------------------|
+/// | state_          | turn, and who makes resident | the same                       | Dekker with inbox_, hence seq_cst    |
+/// | inbox_          | any thread pushes            | the turn takes all             | Dekker with state_, hence seq_cst    |
+/// | everything else | the holder of mutex_         | the same                       | the mutex                            |
+///
+/// A turn holds mutex_ throughout. In a context with one thread nobody ever waits for it.
+class asio_hub final : public asio::execution_context::service, public hub {
+ public:
+  using key_type = asio_hub;
+  static asio::execution_context::id id;
+
+  explicit asio_hub(asio::execution_context& context) : asio::execution_context::service{context} {}
+
+  /// The first executor that asks decides where turns run.
+  void use(const asio::any_io_executor& executor) {
+    const std::lock_guard lock{mutex_};
+    if (!executor_) executor_ = without_strand(executor);
+  }
+
+  void wait(hub_waiter& waiter) noexcept override {
+    waiter.owner = this;
+    if (turning_hub == this) {
+      append(waiter);
+      return;
+    }
+    hub_waiter* head = inbox_.load(std::memory_order_relaxed);
+    do {
+      waiter.next = head;
+      // seq_cst: before the read of state_ in make_resident; see go_idle.
+    } while (!inbox_.compare_exchange_weak(head, &waiter, std::memory_order_seq_cst, std::memory_order_relaxed));
+    if (make_resident()) post_turn();
+  }
+
+  void withdraw(hub_waiter& waiter) noexcept override {
+    if (waiter.owner != this) return;
+    std::unique_lock<std::mutex> lock;
+    if (turning_hub != this) lock = std::unique_lock{mutex_};
+    absorb_inbox();
+    remove(waiter);
+    // The ringer, if there was one, rang for the end, not for this waiter: the next that waits for it looks first.
+    if (announced_ && waiter.end != nullptr) waiter.end->hub_awake();
+  }
+
+  void share(bool shared) noexcept override {
+    // relaxed: a turn that misses the change for a moment ends at its next look at the clock.
+    shared_.store(shared, std::memory_order_relaxed);
+  }
+
+  void stop() noexcept override { stopped_.store(true, std::memory_order_relaxed); }
+
+  void add_root(hub_root& root) noexcept override {
+    const std::lock_guard lock{roots_mutex_};
+    roots_.push_back(root);
+  }
+
+  void remove_root(hub_root& root, std::exception_ptr error) noexcept override {
+    const std::lock_guard lock{roots_mutex_};
+    roots_.remove(root);
+    if (error && !error_) error_ = std::move(error);
+  }
+
+ private:
+  /// The context ends: nothing is resumed any more, everything is freed.
+  void shutdown() override {
+    for (;;) {
+      hub_root* root = nullptr;
+      {
+        const std::lock_guard lock{roots_mutex_};
+        root = roots_.first();
+        if (root != nullptr) roots_.remove(*root);
+      }
+      if (root == nullptr) break;
+      root->destroy(*root);
+    }
+    absorb_inbox();
+    while (hub_waiter* waiter = waiters_.first()) {
+      remove(*waiter);
+      if (announced_ && waiter->end != nullptr) waiter->end->hub_awake();
+      if (waiter->abandon != nullptr) waiter->abandon(*waiter);
+    }
+    if (bell_wait_) {
+      bell_wait_->release();  // the descriptor is the doorbell's
+      bell_wait_.reset();
+    }
+  }
+
+  void append(hub_waiter& waiter) noexcept {
+    waiters_.push_back(waiter);
+    if (waiter.end == nullptr) return;
+    const std::int64_t longest = waiter.end->longest_spin();
+    if (longest > longest_spin_) {
+      longest_spin_ = longest;
+      spin_ = spin_budget{wait_policy::adaptive, std::min<std::int64_t>(longest, 10'000), longest};
+    }
+  }
+
+  void remove(hub_waiter& waiter) noexcept {
+    if (cursor_ == &waiter) cursor_ = waiter.next;
+    waiters_.remove(waiter);
+    waiter.owner = nullptr;
+  }
+
+  void absorb_inbox() noexcept {
+    // relaxed: a look; the exchange below acquires.
+    if (inbox_.load(std::memory_order_relaxed) == nullptr) return;
+    hub_waiter* newest = inbox_.exchange(nullptr, std::memory_order_acquire);
+    hub_waiter* oldest = nullptr;
+    while (newest != nullptr) {
+      hub_waiter* next = newest->next;
+      newest->next = oldest;
+      oldest = newest;
+      newest = next;
+    }
+    while (oldest != nullptr) {
+      hub_waiter* next = oldest->next;
+      append(*oldest);
+      oldest = next;
+    }
+  }
+
+  /// True: the hub was idle or parked, and the caller now owes it a turn.
+  bool make_resident() noexcept {
+    hub_state now = state_.load(std::memory_order_seq_cst);
+    while (now != hub_state::resident) {
+      if (state_.compare_exchange_weak(now, hub_state::resident, std::memory_order_seq_cst)) return true;
+    }
+    return false;
+  }
+
+  void post_turn() {
+    asio::post(executor_, [this] { turn(); });
+  }
+
+  void turn() {
+    std::exception_ptr error;
+    {
+      const std::lock_guard lock{mutex_};
+      hub* const outer_current = std::exchange(current_hub, this);
+      hub* const outer_turning = std::exchange(turning_hub, this);
+      try {
+        wake_up();
+        run_slice();
+      } catch (...) {
+        // A handler threw: that is for whoever called run(), as with every other handler. The hub goes on.
+        error = std::current_exception();
+        cursor_ = nullptr;
+        post_turn();
+      }
+      turning_hub = outer_turning;
+      current_hub = outer_current;
+    }
+    {
+      const std::lock_guard lock{roots_mutex_};
+      if (!error) error = std::exchange(error_, nullptr);
+    }
+    if (error) std::rethrow_exception(error);
+  }
+
+  void wake_up() noexcept {
+    if (!announced_) return;
+    take_back_all();
+    spin_.parked_for(now_ns() - parked_at_);
+  }
+
+  void take_back_all() noexcept {
+    announced_ = false;
+    for (hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) {
+      if (waiter->end != nullptr) waiter->end->hub_awake();
+    }
+  }
+
+  /// Looks at every waiter once and completes those that are ready. Returns how many were.
+  int pass() {
+    int completed = 0;
+    const bool alone = waiters_.single();
+    for (cursor_ = waiters_.first(); cursor_ != nullptr;) {
+      hub_waiter& waiter = *cursor_;
+      cursor_ = waiter.next;
+      if (!waiter.ready(waiter, alone)) continue;
+      remove(waiter);
+      ++completed;
+      waiter.complete(waiter);
+    }
+    return completed;
+  }
+
+  void run_slice() {
+    const bool shared = shared_.load(std::memory_order_relaxed);
+    const std::int64_t began = now_ns();
+    std::int64_t idle_since = began;
+    std::int64_t last = began;
+    int looks = 0;
+    int completions = 0;
+    for (;;) {
+      absorb_inbox();
+      if (const int completed = pass(); completed != 0) {
+        if (looks >= looks_between_clocks) spin_.answered();
+        looks = 0;
+        completions += completed;
+        if (completions < completions_between_clocks) continue;
+        completions = 0;
+        idle_since = last = now_ns();
+      } else if (waiters_.empty()) {
+        if (go_idle()) return;
+        continue;
+      } else {
+        if (++looks % looks_between_clocks != 0 && looks != 1) continue;
+        const std::int64_t now = now_ns();
+        if (looks == 1) {
+          idle_since = last = now;
+          if (spin_length() > 0) continue;
+        }
+        if (now - last > spin_budget::preemption_gap) {
+          spin_.preempted();
+        } else if (now - idle_since >= spin_length()) {
+          spin_.in_vain();
+        } else {
+          last = now;
+          if (!leave(shared, now - began)) continue;
+          post_turn();
+          return;
+        }
+        if (spin_length() != forever) {
+          if (park()) return;
+          looks = 0;
+          continue;
+        }
+        last = now;
+      }
+      if (!leave(shared, now_ns() - began)) continue;
+      post_turn();
+      return;
+    }
+  }
+
+  /// Whether others have waited long enough.
+  [[nodiscard]] bool leave(bool shared, std::int64_t elapsed) const noexcept {
+    return (shared && elapsed >= slice_ns) || stopped_.load(std::memory_order_relaxed) ||
+           shared != shared_.load(std::memory_order_relaxed);
+  }
+
+  static constexpr std::int64_t forever = std::numeric_limits<std::int64_t>::max();
+
+  /// How long to spin for those who wait now.
+  [[nodiscard]] std::int64_t spin_length() const noexcept {
+    std::int64_t longest = 0;
+    for (hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) {
+      if (waiter->end == nullptr) continue;
+      if (waiter->end->policy() == wait_policy::busy) return forever;
+      if (waiter->end->policy() == wait_policy::adaptive) longest = spin_.length();
+    }
+    return longest;
+  }
+
+  /// False: somebody came meanwhile.
+  bool go_idle() {
+    if (armed_) {
+      ++arming_;  // the handler that is cancelled now must not count as the doorbell's
+      armed_ = false;
+      bell_wait_->cancel();
+    }
+    return rest(hub_state::idle);
+  }
+
+  /// The turn ends in `state`, unless the inbox is not empty. seq_cst on both words: whoever pushes and then reads
+  /// state_ sees it, or we see the push. With less, both could miss the other, and the waiter would wait for ever.
+  bool rest(hub_state state) noexcept {
+    state_.store(state, std::memory_order_seq_cst);
+    if (inbox_.load(std::memory_order_seq_cst) == nullptr) return true;
+    return !make_resident();  // if another made it resident, a turn is on its way
+  }
+
+  /// Announces, looks once more, and leaves the context to its reactor. False: there was something.
+  bool park() {
+    if (!bell_wait_) bell_wait_.emplace(executor_, bell_.descriptor());
+    bool by_process = false;
+    bool by_machine = false;
+    bool by_fence = false;
+    announced_ = true;
+    for (hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) {
+      if (waiter->end == nullptr) {
+        take_back_all();
+        return false;  // it wants its turn
+      }
+      try {
+        waiter->end->announce_hub(bell_.number());
+      } catch (const std::system_error&) {
+        // No thread could be had for the relay that this end needs: stay awake.
+        take_back_all();
+        return false;
+      }
+      by_process = by_process || waiter->end->barrier() == store_load::by_process_barrier;
+      by_machine = by_machine || waiter->end->barrier() == store_load::by_machine_barrier;
+      by_fence = by_fence || waiter->end->barrier() == store_load::by_fence;
+    }
+    if (by_fence) heavy_barrier(store_load::by_fence);
+    if (by_process) heavy_barrier(store_load::by_process_barrier);
+    if (by_machine) heavy_barrier(store_load::by_machine_barrier);
+    for (hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) {
+      if (waiter->ready(*waiter, false)) {
+        take_back_all();
+        return false;
+      }
+    }
+    for (hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) waiter->end->hub_sleeps();
+    parked_at_ = now_ns();
+    if (!armed_) {
+      armed_ = true;
+      bell_wait_->async_wait(asio::posix::stream_descriptor::wait_read,
+                             [this, arming = ++arming_](const std::error_code& error) { rung(error, arming); });
+    }
+    if (rest(hub_state::parked)) return true;
+    take_back_all();
+    return false;
+  }
+
+  /// The doorbell is readable.
+  void rung(const std::error_code& error, std::uint64_t arming) {
+    {
+      const std::lock_guard lock{mutex_};
+      if (arming != arming_) return;
+      armed_ = false;
+      if (error) return;
+      bell_.drain();
+    }
+    if (make_resident()) turn();
+  }
+
+  asio::any_io_executor executor_;
+  std::atomic<hub_state> state_{hub_state::idle};
+  std::atomic<hub_waiter*> inbox_{nullptr};
+  std::atomic<bool> shared_{true};
+  std::atomic<bool> stopped_{false};
+
+  std::mutex mutex_;
+  intrusive_list<hub_waiter> waiters_;
+  /// The next that the pass under way looks at.
+  hub_waiter* cursor_ = nullptr;
+  spin_budget spin_;
+  std::int64_t longest_spin_ = 0;
+  /// Whether our doorbell stands in the words of those who wait.
+  bool announced_ = false;
+  std::int64_t parked_at_ = 0;
+
+  doorbell bell_;
+  std::optional<asio::posix::stream_descriptor> bell_wait_;
+  bool armed_ = false;
+  std::uint64_t arming_ = 0;
+
+  std::mutex roots_mutex_;
+  intrusive_list<hub_root> roots_;
+  std::exception_ptr error_;
+};
+
+asio::execution_context::id asio_hub::id;
+
+}  // namespace
+
+hub* hub::current() noexcept { return current_hub; }
+void hub::set_current(hub* of_worker) noexcept { current_hub = of_worker; }
+
+// Of no module, so that <strait/asio.hpp> can declare it: an interface unit would need Asio for that.
+extern "C++" hub& hub_of(const asio::any_io_executor& executor) {
+  auto& found = asio::use_service<asio_hub>(asio::query(executor, asio::execution::context));
+  found.use(executor);
+  return found;
+}
+
+}  // namespace strait

@@ -1,0 +1,317 @@
+module;
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/mempolicy.h>
+#include <pthread.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+module strait.memory;
+
+import strait.error;
+
+namespace strait {
+namespace {
+
+constexpr std::string_view shm_directory = "/dev/shm/";
+
+std::string path_of(const memory_name& name) { return std::string{shm_directory} + name.name; }
+
+void place(std::byte* data, std::size_t bytes, unsigned node, const std::string& what) {
+  constexpr std::size_t bits = 8 * sizeof(unsigned long);
+  std::array<unsigned long, 16> mask{};
+  if (node >= mask.size() * bits) fail_errno(EINVAL, what + ": memory node " + std::to_string(node));
+  mask[node / bits] = 1UL << (node % bits);
+  // Preferred, not bound: a full node must not become a SIGBUS.
+  if (::syscall(SYS_mbind, data, bytes, MPOL_PREFERRED, mask.data(), mask.size() * bits, 0) != 0) {
+    // ENOSYS: a kernel without NUMA has one node, and everything lies on it.
+    if (errno == ENOSYS && node == 0) return;
+    fail_errno(errno, what + ": placing " + std::to_string(bytes) + " bytes on memory node " + std::to_string(node));
+  }
+}
+
+/// The descriptors of all file_locks, for the child of a fork.
+struct lock_list {
+  std::mutex mutex;
+  std::set<int> descriptors;
+  std::atomic<std::uint32_t> generation{0};
+};
+
+lock_list& locks_of_process() {
+  static auto* list = [] {
+    auto* made = new lock_list;  // outlives every end
+    ::pthread_atfork([] { locks_of_process().mutex.lock(); }, [] { locks_of_process().mutex.unlock(); },
+                     [] {
+                       auto& mine = locks_of_process();
+                       // The description is shared with the parent: closing our descriptor drops no lock of his.
+                       for (const int descriptor : mine.descriptors) ::close(descriptor);
+                       mine.descriptors.clear();
+                       // relaxed: the child has one thread.
+                       mine.generation.fetch_add(1, std::memory_order_relaxed);
+                       mine.mutex.unlock();
+                     });
+    return made;
+  }();
+  return *list;
+}
+
+struct ::flock byte_lock(short type, std::uint64_t byte) {
+  struct ::flock lock{};
+  lock.l_type = type;
+  lock.l_whence = SEEK_SET;
+  lock.l_start = static_cast<off_t>(byte);
+  lock.l_len = 1;
+  return lock;
+}
+
+/// A file in the memory file system that has no name yet, filled and with its gate held.
+segment make_nameless(const memory_name& name, const segment_plan& plan) {
+  const std::string what = name.text();
+  const int descriptor =
+      ::open(std::string{shm_directory}.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, static_cast<mode_t>(plan.mode));
+  if (descriptor < 0) fail_errno(errno, what + ": creating a file in " + std::string{shm_directory});
+  segment made;
+  made.locks = file_locks{descriptor};
+  // The umask must not make a channel narrower than was asked for.
+  if (::fchmod(descriptor, static_cast<mode_t>(plan.mode)) != 0) fail_errno(errno, what + ": setting its mode");
+  if (::ftruncate(descriptor, static_cast<off_t>(plan.bytes)) != 0) {
+    if (errno == EFBIG || errno == EINVAL) {
+      fail(errc::no_space, what + ": expected room for " + std::to_string(plan.bytes) +
+                               " bytes, found a file system that allows no such file");
+    }
+    fail_errno(errno, what + ": setting its size to " + std::to_string(plan.bytes));
+  }
+  made.map = mapping::of_file(descriptor, plan.bytes, plan.node, what);
+  // Really allocated: a full tmpfs is an error here and not a SIGBUS at the first message.
+  int error = 0;
+  do {
+    error = ::posix_fallocate(descriptor, 0, static_cast<off_t>(plan.bytes));
+  } while (error == EINTR);
+  if (error == ENOSPC || error == ENOMEM) {
+    struct ::statvfs space{};
+    const bool known = ::fstatvfs(descriptor, &space) == 0;
+    fail(errc::no_space, what + ": expected " + std::to_string(plan.bytes) + " free bytes in " +
+                             std::string{shm_directory} + ", found " +
+                             (known ? std::to_string(space.f_bavail * space.f_frsize) : std::string{"fewer"}));
+  }
+  if (error != 0) fail_errno(error, what + ": allocating " + std::to_string(plan.bytes) + " bytes");
+  made.map.populate();
+  plan.fill(made.map.data());
+  made.locks.lock(gate_byte);
+  made.created = true;
+  return made;
+}
+
+/// Gives the file its name; false when the name is taken.
+bool give_name(const memory_name& name, int descriptor) {
+  // Through /proc, because linkat with AT_EMPTY_PATH asks for a capability.
+  const std::string nameless = "/proc/self/fd/" + std::to_string(descriptor);
+  if (::linkat(AT_FDCWD, nameless.c_str(), AT_FDCWD, path_of(name).c_str(), AT_SYMLINK_FOLLOW) == 0) return true;
+  if (errno == EEXIST) return false;
+  fail_errno(errno, name.text() + ": giving " + path_of(name) + " its name");
+}
+
+bool still_named(const memory_name& name, int descriptor) noexcept {
+  struct ::stat file{};
+  struct ::stat named{};
+  return ::fstat(descriptor, &file) == 0 && ::stat(path_of(name).c_str(), &named) == 0 && file.st_ino == named.st_ino &&
+         file.st_dev == named.st_dev;
+}
+
+}  // namespace
+
+std::string memory_name::text() const {
+  switch (scheme) {
+    case memory_scheme::private_memory: return "private memory";
+    case memory_scheme::posix: return "posix:" + name;
+  }
+  return name;
+}
+
+memory_name parse_memory_name(std::string_view text) {
+  constexpr std::string_view known = "posix:";
+  memory_name result;
+  if (const auto colon = text.find(':'); colon != std::string_view::npos) {
+    if (text.substr(0, colon + 1) != known) {
+      fail(errc::unknown_scheme, "channel \"" + std::string{text} + "\": expected the scheme \"posix:\" or none, found \"" +
+                                     std::string{text.substr(0, colon + 1)} + "\"");
+    }
+    text.remove_prefix(colon + 1);
+  }
+  constexpr std::size_t longest = 255;  // NAME_MAX of tmpfs
+  const auto reject = [&](const std::string& found) {
+    fail(errc::bad_name, "channel name \"" + std::string{text} + "\": expected 1 to " + std::to_string(longest) +
+                             " characters without '/' and NUL, and neither \".\" nor \"..\"; found " + found);
+  };
+  if (text.empty()) reject("an empty name");
+  if (text.size() > longest) reject(std::to_string(text.size()) + " characters");
+  if (text.find('/') != std::string_view::npos) reject("a '/'");
+  if (text.find('\0') != std::string_view::npos) reject("a NUL");
+  if (text == "." || text == "..") reject("a directory");
+  result.name = text;
+  return result;
+}
+
+mapping mapping::anonymous(std::size_t bytes, std::optional<unsigned> node) {
+  void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) {
+    if (errno == ENOMEM) {
+      fail(errc::no_space, "private memory: expected room for " + std::to_string(bytes) + " bytes, found less");
+    }
+    fail_errno(errno, "private memory: mapping " + std::to_string(bytes) + " bytes");
+  }
+  mapping made{static_cast<std::byte*>(data), bytes};
+  if (node) place(made.data_, bytes, *node, "private memory");
+  made.populate();
+  return made;
+}
+
+mapping mapping::of_file(int descriptor, std::size_t bytes, std::optional<unsigned> node, const std::string& what) {
+  void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
+  if (data == MAP_FAILED) {
+    if (errno == ENOMEM) {
+      fail(errc::no_space, what + ": expected address space for " + std::to_string(bytes) + " bytes, found less");
+    }
+    fail_errno(errno, what + ": mapping " + std::to_string(bytes) + " bytes");
+  }
+  mapping made{static_cast<std::byte*>(data), bytes};
+  if (node) place(made.data_, bytes, *node, what);
+  return made;
+}
+
+mapping::~mapping() {
+  if (data_ != nullptr) ::munmap(data_, bytes_);
+}
+
+void mapping::populate() noexcept {
+#ifdef MADV_POPULATE_WRITE
+  if (::madvise(data_, bytes_, MADV_POPULATE_WRITE) == 0) return;
+#endif
+  // Before Linux 5.14: touch each page without changing it, because another process may be using it.
+  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  for (std::size_t at = 0; at < bytes_; at += page) {
+    reinterpret_cast<std::atomic<std::uint32_t>*>(data_ + at)->fetch_add(0, std::memory_order_relaxed);
+  }
+}
+
+file_locks::file_locks(int descriptor) : descriptor_{descriptor} {
+  auto& list = locks_of_process();
+  const std::lock_guard guard{list.mutex};
+  list.descriptors.insert(descriptor);
+}
+
+file_locks::file_locks(file_locks&& other) noexcept : descriptor_{std::exchange(other.descriptor_, -1)} {}
+
+file_locks& file_locks::operator=(file_locks&& other) noexcept {
+  std::swap(descriptor_, other.descriptor_);
+  return *this;
+}
+
+file_locks::~file_locks() {
+  if (descriptor_ < 0) return;
+  auto& list = locks_of_process();
+  const std::lock_guard guard{list.mutex};
+  // After a fork the child's handler has closed it already, and the number may be somebody else's by now.
+  if (list.descriptors.erase(descriptor_) != 0) ::close(descriptor_);
+}
+
+bool file_locks::try_lock(std::uint64_t byte) noexcept {
+  struct ::flock lock = byte_lock(F_WRLCK, byte);
+  int result = 0;
+  do {
+    result = ::fcntl(descriptor_, F_OFD_SETLK, &lock);
+  } while (result != 0 && errno == EINTR);
+  return result == 0;
+}
+
+void file_locks::lock(std::uint64_t byte) noexcept {
+  struct ::flock lock = byte_lock(F_WRLCK, byte);
+  while (::fcntl(descriptor_, F_OFD_SETLKW, &lock) != 0 && errno == EINTR) {
+  }
+}
+
+void file_locks::unlock(std::uint64_t byte) noexcept {
+  struct ::flock lock = byte_lock(F_UNLCK, byte);
+  ::fcntl(descriptor_, F_OFD_SETLK, &lock);
+}
+
+bool file_locks::held_by_other(std::uint64_t byte) const noexcept {
+  struct ::flock lock = byte_lock(F_WRLCK, byte);
+  return ::fcntl(descriptor_, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
+}
+
+std::uint32_t fork_generation() noexcept {
+  // relaxed: changes only while the process has one thread.
+  return locks_of_process().generation.load(std::memory_order_relaxed);
+}
+
+segment open_segment(const memory_name& name, open_mode mode, const segment_plan& plan, std::size_t header_bytes,
+                     const std::function<verdict(std::span<const std::byte>, std::uint64_t, const file_locks&)>& examine,
+                     const std::function<std::size_t(std::span<const std::byte>)>& bytes_to_map) {
+  const std::string path = path_of(name);
+  for (;;) {
+    // O_NOFOLLOW: a link that somebody planted under the name leads nowhere. O_NONBLOCK: neither does a FIFO.
+    const int descriptor = ::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    if (descriptor < 0) {
+      if (errno != ENOENT) fail_errno(errno, name.text() + ": opening " + path);
+      if (mode == open_mode::open) fail_errno(ENOENT, name.text() + ": expected an existing channel at " + path);
+      segment made = make_nameless(name, plan);
+      if (give_name(name, made.locks.descriptor())) return made;
+      continue;  // somebody else was faster: open his
+    }
+    segment found;
+    found.locks = file_locks{descriptor};
+    struct ::stat file{};
+    if (::fstat(descriptor, &file) != 0) fail_errno(errno, name.text() + ": looking at " + path);
+    if (!S_ISREG(file.st_mode)) {
+      fail(errc::foreign_segment, name.text() + ": expected a shared-memory file at " + path + ", found another kind");
+    }
+    // A foreign file must stay as it is, and its locks are not ours to wait for: look before we lock.
+    std::vector<std::byte> header(header_bytes);
+    const auto read_header = [&] {
+      const ::ssize_t got = ::pread(descriptor, header.data(), header.size(), 0);
+      if (got < 0) fail_errno(errno, name.text() + ": reading the header of " + path);
+      return std::span<const std::byte>{header.data(), static_cast<std::size_t>(got)};
+    };
+    (void)bytes_to_map(read_header());
+    found.locks.lock(gate_byte);
+    if (!still_named(name, descriptor)) continue;  // the last one left while we waited for the gate
+    const auto seen = read_header();
+    if (::fstat(descriptor, &file) != 0) fail_errno(errno, name.text() + ": looking at " + path);
+    const auto size = static_cast<std::uint64_t>(file.st_size);
+    const verdict judged = examine(seen, size, found.locks);
+    if (judged == verdict::replace) {
+      ::unlink(path.c_str());
+      continue;
+    }
+    if (mode == open_mode::create) {
+      fail_errno(EEXIST, name.text() + ": expected no channel at " + path + ", found one");
+    }
+    found.map = mapping::of_file(descriptor, bytes_to_map(seen), std::nullopt, name.text());
+    found.map.populate();
+    return found;
+  }
+}
+
+void remove_name(const memory_name& name, const file_locks& locks) noexcept {
+  if (still_named(name, locks.descriptor())) ::unlink(path_of(name).c_str());
+}
+
+}  // namespace strait
