@@ -151,6 +151,7 @@ void conductor::wait_until(There&& there, Late&& late) {
 
 pair::pair(conductor& by, const subject& what, unsigned variant, const job& task, plant fault, std::string label)
     : by_{by},
+      what_{what},
       label_{std::move(label)},
       task_{task},
       memory_{make_memory("strait-demo control", sizeof(control))},
@@ -181,6 +182,7 @@ pair::pair(conductor& by, const subject& what, unsigned variant, const job& task
       start(processes_.back(), inherited.consumer);
     }
     by_.wait_until([this] { return all_ready(); }, [this] { return waiting_for(0); });
+    forget_names();
     if (task.kind == work::syscalls) {
       for (const process& one : processes_) by_.counter_.follow(one.id);
     }
@@ -204,7 +206,12 @@ void pair::end_all() noexcept {
     }
     one.alive = false;
   }
+  forget_names();
   std::erase(by_.pairs_, this);
+}
+
+void pair::forget_names() noexcept {
+  if (what_.forget_names != nullptr) what_.forget_names(map_.as<control>().nonce);
 }
 
 void pair::start(process& one, const std::vector<descriptor>& inherited) {
@@ -374,9 +381,7 @@ int run_end(int argc, char** argv) {
   try {
     const subject& what = subject_named(shared.subject);
     if (!what.pins_itself) pin_to(self.cpu());
-    if (shared.kind == work::allocations && !allocations_counted()) {
-      throw std::runtime_error{"expected the counting malloc to be preloaded, found the ordinary one"};
-    }
+    if (shared.kind == work::allocations) check_allocation_counter();
     what.run(self);
     return 0;
   } catch (const std::exception& problem) {

@@ -65,8 +65,10 @@ class pair {
   [[nodiscard]] std::string waiting_for(std::uint32_t round) const;
   [[noreturn]] void report_death(const process& one, int status);
   void end_all() noexcept;
+  void forget_names() noexcept;
 
   conductor& by_;
+  const subject& what_;
   std::string label_;
   job task_;
   descriptor memory_;

@@ -30,6 +30,8 @@ struct subject {
   void (*run)(end&);
   /// Settings of which the best counts; empty when there is nothing to set. An end is told the index.
   std::vector<std::string_view> variants = {};
+  /// Removes from the system what names the ends have made, once both are set up or one has failed; in the conductor.
+  void (*forget_names)(std::uint64_t nonce) = nullptr;
   /// Whether the end pins itself: a library that places its own workers is told where.
   bool pins_itself = false;
 };

@@ -1,6 +1,12 @@
 // What an end asks about its own allocations. The counter itself is a library of its own (interpose.cpp).
 #include <dlfcn.h>
 
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+
+#include <fmt/format.h>
+
 #include "count.hpp"
 
 namespace bench {
@@ -21,8 +27,40 @@ std::uint64_t allocations_so_far() noexcept {
   return count == nullptr ? 0 : count();
 }
 
-bool allocations_counted() noexcept {
-  return find_counter() != nullptr;
+void check_allocation_counter() {
+  if (find_counter() == nullptr) {
+    throw std::runtime_error{"expected the counting malloc to be preloaded, found the ordinary one"};
+  }
+  const auto check = [](const char* name, void (*allocate_once)()) {
+    const std::uint64_t before = allocations_so_far();
+    allocate_once();
+    const std::uint64_t counted = allocations_so_far() - before;
+    if (counted != 1) {
+      throw std::runtime_error{
+          fmt::format("the allocation counter: expected it to see one call of {}, found {}", name, counted)};
+    }
+  };
+  // volatile: a compiler may otherwise leave out an allocation whose memory nobody uses.
+  check("malloc", [] {
+    void* volatile block = std::malloc(64);
+    std::free(block);
+  });
+  check("operator new", [] {
+    void* volatile block = ::operator new(64);
+    ::operator delete(block);
+  });
+  using allocate = void* (*)(std::size_t);
+  using allocate_in_heap = void* (*)(void*, std::size_t);
+  using default_heap = void* (*)();
+  using give_back = void (*)(void*);
+  static const auto mi_malloc = reinterpret_cast<allocate>(::dlsym(RTLD_DEFAULT, "mi_malloc"));
+  static const auto mi_heap_malloc = reinterpret_cast<allocate_in_heap>(::dlsym(RTLD_DEFAULT, "mi_heap_malloc"));
+  static const auto mi_heap = reinterpret_cast<default_heap>(::dlsym(RTLD_DEFAULT, "mi_heap_get_default"));
+  static const auto mi_free = reinterpret_cast<give_back>(::dlsym(RTLD_DEFAULT, "mi_free"));
+  // The counting library has mi_malloc itself; what only mimalloc has tells whether mimalloc is here.
+  if (mi_heap == nullptr || mi_free == nullptr) return;
+  check("mi_malloc", [] { mi_free(mi_malloc(64)); });
+  check("mi_heap_malloc", [] { mi_free(mi_heap_malloc(mi_heap(), 64)); });
 }
 
 std::uint64_t mimalloc_committed() noexcept {

@@ -12,8 +12,9 @@ namespace bench {
 
 /// Allocations of this process so far, by the interposed malloc of `count/interpose.cpp`; 0 when it is not loaded.
 [[nodiscard]] std::uint64_t allocations_so_far() noexcept;
-/// Whether it is loaded in this process.
-[[nodiscard]] bool allocations_counted() noexcept;
+/// Throws unless the interposed malloc is loaded in this process and sees malloc, operator new and, where mimalloc is
+/// linked, the calls by which coroutine frames and message storage are allocated. A counter that sees nothing counts 0.
+void check_allocation_counter();
 /// Bytes that mimalloc, by its own statistics, holds from the kernel; 0 without mimalloc.
 [[nodiscard]] std::uint64_t mimalloc_committed() noexcept;
 
