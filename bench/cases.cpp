@@ -1,7 +1,7 @@
 #include "cases.hpp"
 
 #include <algorithm>
-#include <cmath>
+#include <limits>
 #include <memory>
 
 #include <fmt/format.h>
@@ -31,6 +31,8 @@ struct lane {
   std::vector<double> values;
   std::vector<double> samples;
   std::uint64_t growth = 0;
+  /// Why there is nothing to count with; then there is no figure.
+  std::string refused = {};
 };
 
 double best_of(const lane& one, bool rate) {
@@ -121,6 +123,13 @@ std::string state_of(const lane& one, const job& task, bool one_cpu) {
 }
 
 row to_row(lane& one, const bench_case& what, const conductor& by) {
+  if (!one.refused.empty()) {
+    return {.kase = std::string{what.name},
+            .subject = std::string{one.what->name},
+            .placement = by.where().words,
+            .state = "not counted: " + one.refused,
+            .unit = std::string{what.unit}};
+  }
   const summary over_rounds = summarise(one.values);
   row result{.kase = std::string{what.name},
              .subject = std::string{one.what->name},
@@ -158,6 +167,18 @@ std::span<const bench_case> cases() {
   return all;
 }
 
+double line_ns(conductor& by) {
+  pair ends{by, subject_named("raw-line"), 0, {work::spin, 8}, plant::none, "the probe of the machine"};
+  double best = std::numeric_limits<double>::infinity();
+  for (int round = 0; round < 5; ++round) {
+    constexpr std::uint64_t trips = 10'000;
+    ends.play({.messages = trips});
+    best = std::min(best, ends.ping_ns() / static_cast<double>(trips));
+  }
+  ends.finish();
+  return best;
+}
+
 std::vector<row> run_case(conductor& by, const bench_case& what, const plan& how, const progress& tell) {
   std::vector<lane> lanes;
   for (const std::string_view name : what.subjects) {
@@ -169,6 +190,7 @@ std::vector<row> run_case(conductor& by, const bench_case& what, const plan& how
       lane made{.what = &one, .variant = variant, .ends = nullptr, .size = {}, .values = {}, .samples = {}};
       made.ends =
           std::make_unique<pair>(by, one, variant, what.task, how.fault, fmt::format("{}, {}", what.name, name));
+      if (what.task.kind == work::syscalls) made.refused = made.ends->count_syscalls();
       made.size = find_size(made, what.task, how);
       lanes.push_back(std::move(made));
     }

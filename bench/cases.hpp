@@ -40,4 +40,8 @@ using progress = std::function<void(unsigned round, std::string_view subject)>;
 /// hits all alike. Throws on a broken message, a dead or hung end, or an interruption.
 [[nodiscard]] std::vector<row> run_case(conductor& by, const bench_case& what, const plan& how, const progress& tell);
 
+/// How long a bare cache line takes to the other end and back, in ns: the best of a few short rounds. A virtual machine
+/// says "same L3" of CPUs that its host moves about; this tells where they are.
+[[nodiscard]] double line_ns(conductor& by);
+
 }  // namespace bench

@@ -183,9 +183,6 @@ pair::pair(conductor& by, const subject& what, unsigned variant, const job& task
     }
     by_.wait_until([this] { return all_ready(); }, [this] { return waiting_for(0); });
     forget_names();
-    if (task.kind == work::syscalls) {
-      for (const process& one : processes_) by_.counter_.follow(one.id);
-    }
   } catch (...) {
     end_all();
     throw;
@@ -317,6 +314,15 @@ void pair::play(const end::round& round) {
   shared.round.store(number, std::memory_order_release);
   ::syscall(SYS_futex, &shared.round, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
   by_.wait_until([&] { return all_finished(number); }, [&] { return waiting_for(number); });
+}
+
+std::string pair::count_syscalls() {
+  try {
+    for (const process& one : processes_) by_.counter_.follow(one.id);
+    return {};
+  } catch (const std::system_error& refused) {
+    return refused.what();
+  }
 }
 
 void pair::finish() {

@@ -34,6 +34,8 @@ class pair {
   pair(const pair&) = delete;
   pair& operator=(const pair&) = delete;
 
+  /// From now on the ends' system calls are counted. Returns why not, where the kernel refuses.
+  [[nodiscard]] std::string count_syscalls();
   /// Runs one round and returns when both ends have finished it.
   void play(const end::round& round);
   /// Says that there are no more rounds and waits until both have ended well.

@@ -209,16 +209,35 @@ int demonstrate(const options& chosen) {
   fmt::print("\n");
   std::fflush(stdout);
 
+  // Before each case and after the last: what the figures of different cases may be held against each other for.
+  std::vector<double> line;
+  const auto look_at_line = [&] {
+    if (!where.one_cpu()) line.push_back(bench::line_ns(conductor));
+  };
   std::vector<bench::row> rows;
   status_line status{chosen.plan.rounds};
   for (std::size_t i = 0; i < wanted.size(); ++i) {
     status.begin(i + 1, wanted.size(), wanted[i]->name);
+    look_at_line();
     const auto found = bench::run_case(conductor, *wanted[i], chosen.plan,
                                        [&](unsigned round, std::string_view subject) { status.show(round, subject); });
     status.clear();
     fmt::print("{}\n", bench::table(found));
     std::fflush(stdout);
     rows.insert(rows.end(), found.begin(), found.end());
+  }
+  look_at_line();
+  if (!line.empty()) {
+    const auto [least, most] = std::minmax_element(line.begin(), line.end());
+    if (*most <= 1.5 * *least) {
+      fmt::print("A bare cache line went to the other CPU and back in {:.0f} to {:.0f} ns.\n\n", *least, *most);
+    } else {
+      fmt::print(
+          "A bare cache line went to the other CPU and back in {:.0f} ns at one time and {:.0f} ns at another: "
+          "something\n"
+          "else ran here, or the host moved our CPUs. Compare within a case only; better, measure again.\n\n",
+          *least, *most);
+    }
   }
   if (const std::string text = bench::promises(rows); !text.empty()) {
     fmt::print("What strait promises (best round against best round):\n{}\n", text);

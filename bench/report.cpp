@@ -139,9 +139,15 @@ std::string promises(std::span<const row> rows) {
   }
   for (const std::string_view kase : {"cost/syscalls-per-million", "cost/allocations-per-million"}) {
     const row* ours = find(rows, kase, "strait");
-    if (ours == nullptr || !ours->min) continue;
-    out += fmt::format("  {:<48}  {:>7.0f}   exactly  0     {}\n", fmt::format("{}, strait", kase), *ours->min,
-                       *ours->min == 0 ? "met" : "missed");
+    if (ours == nullptr) continue;
+    const std::string label = fmt::format("{}, strait", kase);
+    if (!ours->min || !ours->max) {
+      out += fmt::format("  {:<48}  {:>7}   exactly  0     missed\n", label, "unknown");
+      continue;
+    }
+    // A round in which somebody took a CPU away is not one in which both were awake; the worst is shown beside it.
+    out += fmt::format("  {:<48}  {:>7.0f}   exactly  0     {}", label, *ours->min, *ours->min == 0 ? "met" : "missed");
+    out += *ours->max > *ours->min ? fmt::format(" (in the worst round {:.0f})\n", *ours->max) : "\n";
   }
   return out;
 }

@@ -5,8 +5,6 @@
 
 #include <cstdint>
 #include <map>
-#include <set>
-#include <string>
 
 namespace bench {
 
@@ -28,8 +26,6 @@ class syscall_counter {
   /// Begins to follow all threads of `process`, which is a child and sleeps. Throws `std::system_error` when the kernel
   /// refuses.
   void follow(pid_t process);
-  /// Whether `thread` is followed, so that its stops are for `stopped`.
-  [[nodiscard]] bool follows(pid_t thread) const { return owner_.contains(thread); }
   /// A followed thread stopped with this wait status. Returns the process that enters a system call by this stop, or 0.
   /// The thread goes on by `go_on` only.
   pid_t stopped(pid_t thread, int status);
