@@ -2,8 +2,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <asio/co_spawn.hpp>
-#include <asio/io_context.hpp>
+#include <algorithm>
 #include <exception>
 #include <optional>
 #include <span>
@@ -11,10 +10,8 @@
 
 #include <fmt/format.h>
 
-#include <strait/asio.hpp>
-
 #include "../subject.hpp"
-#include "ready.hpp"
+#include "strait.hpp"
 
 import strait;
 
@@ -179,36 +176,8 @@ strait::task<> work_of(end& self) {
   return self.kind() == work::batch ? receive_batches<M>(self, std::move(rx)) : receive_each<M>(self, std::move(rx));
 }
 
-/// asio/ready-await: an `asio::awaitable` on an io_context of its own awaits `recv()` where a message is there. As with
-/// Asio's channel (asio_channel.cpp) the channel is filled first, untimed, and the awaits alone are timed.
-asio::awaitable<void> awaits(end& self, strait::sender<message<8>>& tx, strait::receiver<message<8>>& rx) {
-  ready_rounds<message<8>> rounds{self};
-  while (rounds.next()) {
-    while (const std::uint64_t block = rounds.block()) {
-      for (std::uint64_t i = 0; i < block; ++i) tx.try_send(rounds.out.next());
-      rounds.start();
-      for (std::uint64_t i = 0; i < block; ++i) {
-        const auto message = co_await rx.recv();
-        if (!message) report_end();
-        rounds.in.take(*message);
-      }
-      rounds.stop();
-    }
-  }
-}
-
-void run_ready(end& self) {
-  pin_to(self.cpu());
-  asio::io_context context{1};
-  auto [tx, rx] = strait::make_channel<message<8>>({.capacity = capacity_for(8)});
-  std::exception_ptr failure;
-  asio::co_spawn(context, awaits(self, tx, rx), [&failure](std::exception_ptr raised) { failure = raised; });
-  context.run();
-  if (failure) std::rethrow_exception(failure);
-}
-
 void run(end& self) {
-  if (self.kind() == work::ready) return run_ready(self);
+  if (self.kind() == work::ready) return run_strait_ready(self);
   // The process itself stays free to use every CPU and its one worker is pinned, as strait does it for its users.
   strait::runtime runtime{{.cpus = std::vector<unsigned>{self.cpu()}}};
   with_message(self.message_bytes(), [&]<class M>() { runtime.spawn(guarded(self, work_of<M>(self))); });
