@@ -357,7 +357,8 @@ class spin_budget {
 /// A consumer that keeps up with a stream finds its lane empty after every few messages; if it looks again at once,
 /// the line with `tail` crosses for each message. If it waits for a moment, one crossing announces many messages. In
 /// ping-pong that same moment is latency. Two messages found at once prove that their sender did not wait for an
-/// answer between them: it streams, and the pause doubles. One message alone ends it.
+/// answer between them: it streams, and the pause doubles until a look brings enough to pay for itself. One message
+/// alone ends it; plenty at once says that the pause is longer than it need be.
 class gather_pause {
  public:
   /// Before a look at a lane that has just run empty.
@@ -368,10 +369,16 @@ class gather_pause {
   inline void found(std::uint64_t messages) noexcept {
     if (messages < 2) {
       pauses_ = 0;
-    } else if (pauses_ < longest) {
+    } else if (messages > plenty) {
+      pauses_ /= 2;
+    } else if (messages < enough && pauses_ < longest) {
       pauses_ = pauses_ == 0 ? 4 : pauses_ * 2;
     }
   }
+
+  /// A line takes some 100 to 400 ns to cross; spread over this many messages, that is a nanosecond or three for each.
+  static constexpr std::uint64_t enough = 128;
+  static constexpr std::uint64_t plenty = 512;
 
   /// In PAUSE instructions; a few hundred nanoseconds to two microseconds, by CPU.
   static constexpr std::uint32_t longest = 64;
