@@ -305,8 +305,8 @@ enum class wait_policy : std::uint32_t {
       .count();
 }
 
-/// CPUs that this process may use, counted once.
-[[nodiscard]] unsigned usable_cpu_count() noexcept;
+/// CPUs of this machine that are online, counted once.
+[[nodiscard]] unsigned online_cpu_count() noexcept;
 
 /// How long to spin, learnt from how spinning and parking went. Private to one waiting thread.
 ///
@@ -319,7 +319,7 @@ class spin_budget {
   spin_budget() = default;
   inline spin_budget(wait_policy policy, std::int64_t first, std::int64_t longest) noexcept
       : policy_{policy}, budget_{first}, longest_{longest} {
-    if (policy == wait_policy::park || (policy == wait_policy::adaptive && usable_cpu_count() == 1)) {
+    if (policy == wait_policy::park || (policy == wait_policy::adaptive && online_cpu_count() == 1)) {
       budget_ = 0;
       longest_ = 0;
     }
@@ -361,6 +361,8 @@ class spin_budget {
 /// alone ends it; plenty at once says that the pause is longer than it need be.
 class gather_pause {
  public:
+  /// In PAUSE instructions.
+  [[nodiscard]] inline std::uint32_t length() const noexcept { return pauses_; }
   /// Before a look at a lane that has just run empty.
   inline void before_look() const noexcept {
     for (std::uint32_t i = 0; i < pauses_; ++i) cpu_relax();
