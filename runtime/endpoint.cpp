@@ -266,9 +266,10 @@ void endpoint::enter() {
   entered_ = true;
   // release: pairs with the acquire in look_at_peer.
   mine.presence.store(static_cast<std::uint32_t>(presence::awake), std::memory_order_release);
-  // The peer may be waiting for somebody to come; it has to know whose lock to keep an eye on.
-  const presence parked = claim_ring(peer_word(), barrier_);
-  ring(parked);
+  // The peer may be waiting for somebody to come; it has to know whose lock to keep an eye on. The futex is woken whatever
+  // its word says: whoever came before us may have been killed between taking the announcement back and ringing.
+  ring(claim_ring(peer_word(), barrier_));
+  futex_wake(peer_word());
   locks.unlock(gate_byte);
 }
 
@@ -353,14 +354,12 @@ bool endpoint::look() noexcept {
       them.incarnation.load(std::memory_order_relaxed) != watched_incarnation_.load(std::memory_order_relaxed);
   segment_.locks.unlock(gate_byte);
   if (!settled) return false;
-  // Wake whoever waits on this end, as the peer would have done. It may be asleep with a doorbell that only the dead
-  // process had, so this is done for a replaced peer, too.
-  const presence parked = claim_ring(own_word(), barrier_);
-  if (parked == presence::thread_parked) {
-    futex_wake(own_word());
-  } else if (parked == presence::hub_parked) {
-    doorbell::ring(own().doorbell.load(std::memory_order_relaxed));
-  }
+  // Wake whoever waits on this end, whatever the word says by now. `awake` does not mean that somebody was woken: the
+  // peer may have been killed between taking the announcement back and ringing, or a replacement took it back and could
+  // not ring, because only the dead process had the doorbell. A wake too many makes the owner look once more.
+  (void)claim_ring(own_word(), barrier_);
+  futex_wake(own_word());
+  doorbell::ring(own().doorbell.load(std::memory_order_relaxed));
   return true;
 }
 
