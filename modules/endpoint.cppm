@@ -22,7 +22,7 @@ export import strait.park;
 /// |----------------------|----------------------------------------------|------------|-------------------------------------------|
 /// | presence             | see strait.park                              | both ends  | an end that looks alive with its lock free |
 /// | incarnation          | owner, entering, under the gate              | the peer   | a count of an end that never was awake     |
-/// | deaths, died_at      | who declares a death, under the gate         | the peer   | died_at without its death: written again   |
+/// | last_death, died_at  | who declares a death, under the gate         | the peer   | half a declaration: the same written again |
 /// | process, doorbell    | owner, before it announces `hub_parked`      | the ringer | nothing: nobody reads it while awake       |
 /// | poisoned             | who found an impossible value                | both ends  | the channel is unusable either way         |
 ///
@@ -76,8 +76,8 @@ struct end_entry {
 
   /// Counts the ends that held this role.
   alignas(line_padding) std::atomic<std::uint32_t> incarnation{0};
-  /// Counts those that died in it.
-  std::atomic<std::uint32_t> deaths{0};
+  /// The incarnation that died last; 0 when none did.
+  std::atomic<std::uint32_t> last_death{0};
   /// The lane's tail when the last sender died: what lies before it was committed by the dead.
   std::atomic<std::uint64_t> died_at{0};
   std::atomic<std::uint64_t> process_high{0};
@@ -173,7 +173,7 @@ class endpoint final : private process_watcher {
     // acquire, for all three: pairs with the release of whoever closed, died_at or declared; what the peer published
     // before that is then visible to the look that follows.
     if (header_->poisoned.load(std::memory_order_acquire) != 0) return news::corrupt;
-    if (them.deaths.load(std::memory_order_acquire) != deaths_seen_ &&
+    if (them.last_death.load(std::memory_order_acquire) != death_seen_ &&
         (role_ == role::sender || position >= them.died_at.load(std::memory_order_relaxed))) {
       return news::died;
     }
@@ -190,7 +190,7 @@ class endpoint final : private process_watcher {
   /// The death that `look_at_peer` told of was reported to the user.
   void death_reported() noexcept {
     // acquire: as in look_at_peer.
-    deaths_seen_ = peer().deaths.load(std::memory_order_acquire);
+    death_seen_ = peer().last_death.load(std::memory_order_acquire);
   }
 
   /// An impossible value was found in shared memory: nobody can use the channel any more.
@@ -236,7 +236,7 @@ class endpoint final : private process_watcher {
   std::uint64_t capacity_ = 0;
   role role_ = role::sender;
   std::uint32_t slots_offset_ = 0;
-  std::uint32_t deaths_seen_ = 0;
+  std::uint32_t death_seen_ = 0;
   std::atomic<std::uint32_t> watched_incarnation_{0};
   /// Whether this end holds a role in a named segment: only there can a peer die.
   bool entered_ = false;

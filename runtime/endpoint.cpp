@@ -114,11 +114,13 @@ bool declare_if_dead(segment_header& header, role who, const file_locks& locks) 
   end_entry& entry = header.ends[static_cast<std::size_t>(who)];
   // relaxed: entering and declaring are ordered by the gate.
   if (!looks_alive(entry.presence.load(std::memory_order_relaxed)) || locks.held_by_other(byte_of(who))) return false;
-  // relaxed: the release of `deaths` covers it.
+  // relaxed: the release of `last_death` covers it.
   entry.died_at.store(header.lane.tail.load(std::memory_order_relaxed), std::memory_order_relaxed);
-  entry.presence.store(static_cast<std::uint32_t>(presence::dead), std::memory_order_relaxed);
+  // Three stores that can be done again: if we are killed between them, the next to look finds an end that seems alive
+  // and stores the same values. Before `dead`, or the death could be left untold; not a count, or it could be told twice.
   // release: pairs with the acquire in look_at_peer.
-  entry.deaths.fetch_add(1, std::memory_order_release);
+  entry.last_death.store(entry.incarnation.load(std::memory_order_relaxed), std::memory_order_release);
+  entry.presence.store(static_cast<std::uint32_t>(presence::dead), std::memory_order_relaxed);
   return true;
 }
 
@@ -259,10 +261,10 @@ void endpoint::enter() {
   mine.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);
   mine.incarnation.fetch_add(1, std::memory_order_relaxed);
   // Whoever comes to a dead peer is told once, like a survivor.
-  const std::uint32_t deaths = peer().deaths.load(std::memory_order_relaxed);
+  const std::uint32_t last_death = peer().last_death.load(std::memory_order_relaxed);
   const bool found_dead =
       static_cast<presence>(peer().presence.load(std::memory_order_relaxed)) == presence::dead;
-  deaths_seen_ = found_dead ? deaths - 1 : deaths;
+  death_seen_ = found_dead ? last_death - 1 : last_death;
   entered_ = true;
   // release: pairs with the acquire in look_at_peer.
   mine.presence.store(static_cast<std::uint32_t>(presence::awake), std::memory_order_release);
