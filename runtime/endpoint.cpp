@@ -254,12 +254,14 @@ void endpoint::enter() {
   if (!locks.try_lock(byte_of(role_))) fail_errno(errno, text_ + ": locking this end's byte");
   const process_identity me = this_process();
   end_entry& mine = own();
-  // relaxed, all of them: the presence below releases them.
+  // relaxed, all of them: the incarnation below releases them.
   mine.process_high.store(me.high, std::memory_order_relaxed);
   mine.process_low.store(me.low, std::memory_order_relaxed);
   mine.doorbell.store(0, std::memory_order_relaxed);
   mine.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);
-  mine.incarnation.fetch_add(1, std::memory_order_relaxed);
+  // release: pairs with the acquire in watch_peer and announce_hub, which must not take a number for the process that
+  // held the role before.
+  mine.incarnation.fetch_add(1, std::memory_order_release);
   // Whoever comes to a dead peer is told once, like a survivor.
   const std::uint32_t last_death = peer().last_death.load(std::memory_order_relaxed);
   const bool found_dead =
@@ -329,8 +331,9 @@ void endpoint::poison() noexcept {
 
 void endpoint::watch_peer() noexcept {
   const end_entry& them = peer();
-  // relaxed: read again by look(); a replacement in between leaves the incarnation different, so we come back here.
-  const std::uint32_t incarnation = them.incarnation.load(std::memory_order_relaxed);
+  // acquire: the process below is that of this incarnation, or of a later one; then the incarnation is found different
+  // at the next look, and we come back here.
+  const std::uint32_t incarnation = them.incarnation.load(std::memory_order_acquire);
   const process_identity process{them.process_high.load(std::memory_order_relaxed),
                                  them.process_low.load(std::memory_order_relaxed)};
   // Before the watch begins, because look() may run at once.
@@ -372,9 +375,9 @@ void endpoint::announce_hub(std::uint64_t doorbell_number) {
   hub_waits_on_futex_ = false;
   if (!private_) {
     const end_entry& them = peer();
-    // acquire: the peer's identity was written before.
+    // acquire, both: the peer's identity was written before.
     const bool alive = looks_alive(them.presence.load(std::memory_order_acquire));
-    const std::uint32_t incarnation = them.incarnation.load(std::memory_order_relaxed);
+    const std::uint32_t incarnation = them.incarnation.load(std::memory_order_acquire);
     const process_identity process{them.process_high.load(std::memory_order_relaxed),
                                    them.process_low.load(std::memory_order_relaxed)};
     if (!alive) {
