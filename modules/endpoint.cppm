@@ -213,8 +213,9 @@ class endpoint final : private process_watcher {
   ///
   /// Errors: `std::system_error` when a thread is needed and none can be had; nothing is announced then.
   void announce_hub(std::uint64_t doorbell_number);
-  /// The last look found nothing and the hub is about to sleep.
-  void hub_sleeps() noexcept;
+  /// The last look found nothing and the hub is about to sleep. False: the peer that was given the doorbell has been
+  /// replaced meanwhile, so the announcement must be taken back and made again.
+  [[nodiscard]] bool hub_sleeps() noexcept;
   /// The hub is awake.
   void hub_awake() noexcept { take_back(own_word()); }
 
@@ -251,8 +252,8 @@ class endpoint final : private process_watcher {
   memory_name name_;
   segment segment_;
   std::uint32_t fork_generation_ = 0;
-  std::uint64_t offered_doorbell_ = 0;
-  std::uint32_t offered_incarnation_ = 0;
+  /// The peer that was alive when the hub announced itself, and so has its doorbell.
+  std::uint32_t announced_to_ = 0;
   std::unique_ptr<futex_relay> relay_;
   std::uint64_t relay_doorbell_ = 0;
   bool hub_waits_on_futex_ = false;

@@ -380,15 +380,10 @@ void endpoint::announce_hub(std::uint64_t doorbell_number) {
     const std::uint32_t incarnation = them.incarnation.load(std::memory_order_acquire);
     const process_identity process{them.process_high.load(std::memory_order_relaxed),
                                    them.process_low.load(std::memory_order_relaxed)};
-    if (!alive) {
-      hub_waits_on_futex_ = true;  // whoever comes does not have our doorbell
-    } else if (offered_doorbell_ != doorbell_number || offered_incarnation_ != incarnation) {
-      hub_waits_on_futex_ = !offer_doorbell(process, doorbell_number);
-      if (!hub_waits_on_futex_) {
-        offered_doorbell_ = doorbell_number;
-        offered_incarnation_ = incarnation;
-      }
-    }
+    // Whoever comes where nobody is does not have our doorbell. Offered each time, because only the switchboard knows
+    // whether a connection over which it was given still stands.
+    hub_waits_on_futex_ = !alive || !offer_doorbell(process, doorbell_number);
+    announced_to_ = incarnation;
     if (hub_waits_on_futex_ && (!relay_ || relay_doorbell_ != doorbell_number)) {
       relay_ = std::make_unique<futex_relay>(own_word(), doorbell_number);
       relay_doorbell_ = doorbell_number;
@@ -397,8 +392,14 @@ void endpoint::announce_hub(std::uint64_t doorbell_number) {
   announce(own_word(), hub_waits_on_futex_ ? presence::thread_parked : presence::hub_parked);
 }
 
-void endpoint::hub_sleeps() noexcept {
-  if (hub_waits_on_futex_) relay_->arm();
+bool endpoint::hub_sleeps() noexcept {
+  if (hub_waits_on_futex_) {
+    relay_->arm();
+    return true;
+  }
+  // relaxed: behind the announcement's barrier. A peer that entered before it is seen here; one that enters after it
+  // takes the announcement back in vain, but then its predecessor has rung, or died, which the sentry tells.
+  return private_ || peer().incarnation.load(std::memory_order_relaxed) == announced_to_;
 }
 
 }  // namespace strait

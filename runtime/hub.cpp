@@ -372,7 +372,12 @@ class asio_hub final : public asio::execution_context::service, public hub {
         return false;
       }
     }
-    for (hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) waiter->end->hub_sleeps();
+    for (hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) {
+      if (!waiter->end->hub_sleeps()) {
+        take_back_all();
+        return false;
+      }
+    }
     parked_at_ = now_ns();
     if (!armed_) {
       armed_ = true;
