@@ -376,6 +376,9 @@ class switchboard {
       for (auto& entry : watched_) {
         if (entry.process == line->first) entry.look_again = true;
       }
+      // The other process may live and have dropped the connection (it had no descriptor left to keep it), and with it the
+      // bells that we left there. Hubs that sleep behind them get up and offer them anew, or wait on the futex.
+      for (const std::uint64_t number : line->second.offered) doorbell::ring(number);
       outgoing_.erase(line);
       return;
     }
