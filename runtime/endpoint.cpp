@@ -330,6 +330,8 @@ void endpoint::poison() noexcept {
 }
 
 void endpoint::watch_peer() noexcept {
+  // In a forked child the end is the parent's, and close() would not end the watch.
+  if (fork_generation_ != fork_generation()) return;
   const end_entry& them = peer();
   // acquire: the process below is that of this incarnation, or of a later one; then the incarnation is found different
   // at the next look, and we come back here.
@@ -342,14 +344,16 @@ void endpoint::watch_peer() noexcept {
   try {
     watch_process(process, *this);
   } catch (const std::system_error&) {
-    // No thread to be had now: the incarnation stays unwatched, so the next look at the peer tries again.
+    // No thread to be had now: the incarnation stays unwatched, so the next look at the peer tries again. Until then we
+    // are our own sentry. look() takes back what this end announced, so it does not fall asleep with nobody on watch.
     watched_incarnation_.store(before, std::memory_order_relaxed);
+    look();
   }
 }
 
 bool endpoint::look() noexcept {
-  // The sentry calls this between watch_process and unwatch_process; the owner uses the gate before and after, so that
-  // the two never hold it together (a lock does not exclude its own description).
+  // The sentry calls this between watch_process and unwatch_process; the owner uses the gate before and after, or when it
+  // got no sentry, so that the two never hold it together (a lock does not exclude its own description).
   if (!segment_.locks.try_lock(gate_byte)) return false;  // somebody enters or leaves: look again soon
   declare_if_dead(*header_, other(role_), segment_.locks);
   const end_entry& them = peer();

@@ -156,8 +156,8 @@ class switchboard {
 
   void watch(process_identity process, process_watcher& watcher) {
     std::erase_if(watched_, [&](const watched& entry) { return entry.watcher == &watcher; });
+    start_sentry();  // before the entry is made, which nobody would look at if there is no thread to be had
     watched_.push_back({&watcher, process, false});
-    start_sentry();
     if (connect_to(process) == nullptr) {
       watched_.back().look_again = true;
       poke();
