@@ -172,6 +172,7 @@ class switchboard {
   std::thread stop_sentry_if_idle() noexcept {
     if (!watched_.empty() || !sentry_.joinable()) return {};
     ++watch_number_;  // whose watch it was ends
+    ++relieved_;
     poke();
     return std::move(sentry_);
   }
@@ -360,11 +361,14 @@ class switchboard {
       // `look` neither waits nor comes back here, so it may run under the mutex, which keeps its object alive.
       std::erase_if(watched_, [](const watched& entry) { return entry.look_again && entry.watcher->look(); });
     }
+    --relieved_;
   }
 
   void attend(const ::epoll_event& event) {
     const int source = event.data.fd;
     if (source == control_.get()) {
+      // A relieved sentry may still be asleep: the poke is meant for it, too.
+      if (relieved_ != 0) return;
       std::uint64_t pokes = 0;
       [[maybe_unused]] const auto got = ::read(source, &pokes, sizeof pokes);
       return;
@@ -398,6 +402,8 @@ class switchboard {
   std::thread sentry_;
   /// Counts the sentries that were started or relieved; a sentry whose number it no longer is goes home.
   std::uint64_t watch_number_ = 0;
+  /// Those relieved that have not gone home yet.
+  std::uint64_t relieved_ = 0;
 };
 
 std::atomic<switchboard*> current_switchboard{nullptr};
