@@ -239,11 +239,13 @@ class asio_hub final : public asio::execution_context::service, public hub {
     }
   }
 
-  /// Looks at every waiter once and completes those that are ready. Returns how many were.
+  /// Looks at the waiters and completes those that are ready, but not more than may run without a look at the clock: one
+  /// that waits again at once goes to the end of the list, so two that play ping-pong would keep a pass going for ever.
+  /// Returns how many were completed.
   int pass() {
     int completed = 0;
     const bool alone = waiters_.single();
-    for (cursor_ = waiters_.first(); cursor_ != nullptr;) {
+    for (cursor_ = waiters_.first(); cursor_ != nullptr && completed < completions_between_clocks;) {
       hub_waiter& waiter = *cursor_;
       cursor_ = waiter.next;
       if (!waiter.ready(waiter, alone)) continue;
@@ -251,6 +253,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
       ++completed;
       waiter.complete(waiter);
     }
+    cursor_ = nullptr;
     return completed;
   }
 
