@@ -101,14 +101,21 @@ class asio_hub final : public asio::execution_context::service, public hub {
     if (make_resident()) post_turn();
   }
 
-  void withdraw(hub_waiter& waiter) noexcept override {
-    if (waiter.owner != this) return;
-    std::unique_lock<std::mutex> lock;
-    if (turning_hub != this) lock = std::unique_lock{mutex_};
-    absorb_inbox();
-    remove(waiter);
-    // The ringer, if there was one, rang for the end, not for this waiter: the next that waits for it looks first.
-    if (announced_ && waiter.end != nullptr) waiter.end->hub_awake();
+  bool withdraw(hub_waiter& waiter) noexcept override {
+    bool last_of_parked = false;
+    {
+      std::unique_lock<std::mutex> lock;
+      if (turning_hub != this) lock = std::unique_lock{mutex_};
+      if (waiter.owner != this) return false;
+      absorb_inbox();
+      remove(waiter);
+      // The ringer, if there was one, rang for the end, not for this waiter: the next that waits for it looks first.
+      if (announced_ && waiter.end != nullptr) waiter.end->hub_awake();
+      last_of_parked = announced_ && waiters_.empty();
+    }
+    // Nobody rings any more, but the wait for the doorbell keeps the context's run() going: a turn ends it.
+    if (last_of_parked && make_resident()) post_turn();
+    return true;
   }
 
   void share(bool shared) noexcept override {
