@@ -139,6 +139,9 @@ class asio_hub final : public asio::execution_context::service, public hub {
  private:
   /// The context ends: nothing is resumed any more, everything is freed.
   void shutdown() override {
+    // First, while every end lives: a frame that is destroyed below may own the end that another one waits for.
+    absorb_inbox();
+    take_back_all();
     for (;;) {
       hub_root* root = nullptr;
       {
@@ -149,10 +152,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
       if (root == nullptr) break;
       root->destroy(*root);
     }
-    absorb_inbox();
     while (hub_waiter* waiter = waiters_.first()) {
       remove(*waiter);
-      if (announced_ && waiter->end != nullptr) waiter->end->hub_awake();
       if (waiter->abandon != nullptr) waiter->abandon(*waiter);
     }
     if (bell_wait_) {
