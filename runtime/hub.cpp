@@ -403,7 +403,9 @@ class asio_hub final : public asio::execution_context::service, public hub {
   /// The doorbell is readable.
   void rung(const std::error_code& error, std::uint64_t arming) {
     {
-      const std::lock_guard lock{mutex_};
+      // A handler that the turn completes may call the context's poll(), and so this within the turn; it goes on after.
+      std::unique_lock<std::mutex> lock;
+      if (turning_hub != this) lock = std::unique_lock{mutex_};
       if (arming != arming_) return;
       armed_ = false;
       if (error) return;
