@@ -391,9 +391,9 @@ class asio_hub final : public asio::execution_context::service, public hub {
     }
     parked_at_ = now_ns();
     if (!armed_) {
-      armed_ = true;
       bell_wait_->async_wait(asio::posix::stream_descriptor::wait_read,
                              [this, arming = ++arming_](const std::error_code& error) { rung(error, arming); });
+      armed_ = true;  // not if the call above found no memory
     }
     if (rest(hub_state::parked)) return true;
     take_back_all();
