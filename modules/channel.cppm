@@ -112,7 +112,7 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
   [[nodiscard]] bool await_ready() noexcept { return operation_.ready_now(); }
 
   template <class Promise>
-  void await_suspend(std::coroutine_handle<Promise> awaiting) {
+  bool await_suspend(std::coroutine_handle<Promise> awaiting) {
     if constexpr (strait::asio_promise<Promise>) {
       strait::asio_suspension<Operation, Executor>::suspend(*this, awaiting);
     } else {
@@ -122,6 +122,8 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
       }
       if (hub == nullptr) hub = strait::hub::current();
       if (hub == nullptr) {
+        // Ready, and only meant to let others have their turn: here is nobody who could give it back.
+        if (operation_.look(false)) return false;
         strait::fail(strait::errc::no_hub,
                      "a coroutine has to wait: expected a strait::task, an asio::awaitable or a thread of "
                      "strait::runtime, found none of them");
@@ -145,6 +147,7 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
       // From here on another thread may resume us: nothing of this object is touched after.
       hub->wait(*waiting);
     }
+    return true;
   }
 
   decltype(auto) await_resume() {
@@ -436,16 +439,12 @@ class sender {
   /// Room and an awake receiver: one load, two compares.
   [[nodiscard]] bool ready_now() noexcept {
     // relaxed: `closed` only has to be seen soon; what a parked receiver needs is in claim_ring.
-    if (lane_.known_room() != 0 &&
-        peer_word_->load(std::memory_order_relaxed) == static_cast<std::uint32_t>(presence::awake) &&
-        --until_turn_ != 0) [[likely]] {
-      return true;
-    }
-    if (until_turn_ == 0) {
-      until_turn_ = ready_budget;
-      return false;
-    }
-    return look();
+    const bool ready = (lane_.known_room() != 0 && peer_word_->load(std::memory_order_relaxed) ==
+                                                       static_cast<std::uint32_t>(presence::awake)) ||
+                       look();
+    if (ready && --until_turn_ != 0) [[likely]] return true;
+    if (ready) until_turn_ = ready_budget;
+    return false;
   }
 
   [[gnu::noinline]] bool look() noexcept {
@@ -748,12 +747,10 @@ class receiver {
 
  private:
   [[nodiscard]] bool ready_now() noexcept {
-    if (lane_.known() != 0 && --until_turn_ != 0) [[likely]] return true;
-    if (until_turn_ == 0) {
-      until_turn_ = ready_budget;
-      return false;
-    }
-    return look(true);
+    const bool ready = lane_.known() != 0 || look(true);
+    if (ready && --until_turn_ != 0) [[likely]] return true;
+    if (ready) until_turn_ = ready_budget;
+    return false;
   }
 
   /// Whether there is a message, or a reason to wait no longer. `gather`: nobody is harmed by a short pause.
