@@ -289,6 +289,8 @@ void endpoint::close() noexcept {
   // In a forked child the ends are the parent's; an end that never entered has nothing to leave.
   if (segment_.map.data() == nullptr || !entered_ || fork_generation_ != fork_generation()) return;
   unwatch_process(*this);
+  // The hub may have ended without taking its announcement back, and a relay sleeps as long as that stands.
+  take_back(own_word());
   relay_.reset();
   segment_.locks.lock(gate_byte);
   // release: as above.
@@ -389,6 +391,7 @@ void endpoint::announce_hub(std::uint64_t doorbell_number) {
     hub_waits_on_futex_ = !alive || !offer_doorbell(process, doorbell_number);
     announced_to_ = incarnation;
     if (hub_waits_on_futex_ && (!relay_ || relay_doorbell_ != doorbell_number)) {
+      take_back(own_word());  // of a hub that ended, see close()
       relay_ = std::make_unique<futex_relay>(own_word(), doorbell_number);
       relay_doorbell_ = doorbell_number;
     }

@@ -139,9 +139,13 @@ class asio_hub final : public asio::execution_context::service, public hub {
  private:
   /// The context ends: nothing is resumed any more, everything is freed.
   void shutdown() override {
-    // First, while every end lives: a frame that is destroyed below may own the end that another one waits for.
-    absorb_inbox();
-    take_back_all();
+    // No end is touched from here on: a frame that is destroyed below may own the end that another one waits for, and the
+    // owner of a handle may have destroyed it before the context. What stands announced in their words rings a doorbell
+    // that is gone, once.
+    announced_ = false;
+    for (hub_waiter* waiter = inbox_.exchange(nullptr, std::memory_order_acquire); waiter != nullptr;) {
+      waiters_.push_back(*std::exchange(waiter, waiter->next));
+    }
     for (;;) {
       hub_root* root = nullptr;
       {
