@@ -652,7 +652,7 @@ class receiver {
   receiver(receiver&& other) noexcept { *this = std::move(other); }
   receiver& operator=(receiver&& other) noexcept {
     if (this == &other) return *this;
-    if (end_ && lane_.release_pending()) lane_.publish_head();
+    if (end_ && lane_.release_pending() && !end_->inherited()) lane_.publish_head();
     lane_ = std::exchange(other.lane_, {});
     slots_ = std::exchange(other.slots_, nullptr);
     until_turn_ = other.until_turn_;

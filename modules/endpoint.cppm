@@ -193,6 +193,10 @@ class endpoint final : private process_watcher {
     death_seen_ = peer().last_death.load(std::memory_order_acquire);
   }
 
+  /// Whether this process is a child, made by fork, of the one that opened this end in a named segment: then the end is
+  /// the parent's, and nothing may be written to the segment in its name.
+  [[nodiscard]] bool inherited() const noexcept { return entered_ && fork_generation_ != fork_generation(); }
+
   /// An impossible value was found in shared memory: nobody can use the channel any more.
   void poison() noexcept;
 

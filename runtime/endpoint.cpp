@@ -286,8 +286,11 @@ void endpoint::close() noexcept {
     ring(claim_ring(peer_word(), barrier_));
     return;
   }
-  // In a forked child the ends are the parent's; an end that never entered has nothing to leave.
-  if (segment_.map.data() == nullptr || !entered_ || fork_generation_ != fork_generation()) return;
+  if (inherited()) {
+    (void)relay_.release();  // its thread is the parent's: there is nobody to join
+    return;
+  }
+  if (!entered_) return;  // nothing to leave
   unwatch_process(*this);
   // The hub may have ended without taking its announcement back, and a relay sleeps as long as that stands.
   take_back(own_word());
@@ -333,7 +336,7 @@ void endpoint::poison() noexcept {
 
 void endpoint::watch_peer() noexcept {
   // In a forked child the end is the parent's, and close() would not end the watch.
-  if (fork_generation_ != fork_generation()) return;
+  if (inherited()) return;
   const end_entry& them = peer();
   // acquire: the process below is that of this incarnation, or of a later one; then the incarnation is found different
   // at the next look, and we come back here.
