@@ -203,9 +203,16 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     segment_header header{};
     checked_size(channel, bytes, header);
     const bool inhabited = locks.held_by_other(byte_of(role::sender)) || locks.held_by_other(byte_of(role::receiver));
-    // What a crash left is no obstacle; an end that lives decides what the channel is.
+    const auto presence_of = [&](role r) {
+      return static_cast<presence>(header.ends[static_cast<std::size_t>(r)].presence.load(std::memory_order_relaxed));
+    };
+    // See close(): a sender left these for a receiver that is yet to come.
+    const bool deposited =
+        presence_of(role::sender) == presence::closed && presence_of(role::receiver) == presence::vacant &&
+        header.lane.tail.load(std::memory_order_relaxed) != header.lane.head.load(std::memory_order_relaxed);
+    // What a crash left is no obstacle to whoever may create; an end that lives decides what the channel is.
     const auto refuse = [&](errc e, const std::string& expected, const std::string& found) {
-      if (!inhabited) return verdict::replace;
+      if (!inhabited && !deposited && options.open != open_mode::open) return verdict::replace;
       fail(e, channel + ": expected " + expected + ", found " + found);
     };
     if (size < header.segment_bytes) {
@@ -232,7 +239,7 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
       return refuse(errc::no_barrier, "a kernel that grants membarrier, or a channel made with option order = fence",
                     "neither");
     }
-    if (options.open == open_mode::create && !inhabited) return verdict::replace;
+    if (options.open == open_mode::create && !inhabited && !deposited) return verdict::replace;
     const auto& entry = header.ends[static_cast<std::size_t>(mine)];
     if (options.open != open_mode::create && locks.held_by_other(byte_of(mine))) {
       fail(errc::end_in_use, channel + ": expected no living " + std::string{to_string(mine)} + ", found one in process " +
