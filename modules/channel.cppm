@@ -151,7 +151,9 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
   }
 
   decltype(auto) await_resume() {
-    if (resume_suspension_ != nullptr) [[unlikely]] resume_suspension_(*this);
+    if (resume_suspension_ != nullptr) [[unlikely]] {
+      if (!resume_suspension_(*this)) return operation_.nothing();
+    }
     return operation_.finish();
   }
 
@@ -169,8 +171,8 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
   Operation operation_;
   /// Set while the operation waits.
   void (*destroy_suspension_)(awaitable&) noexcept = nullptr;
-  /// Set when Asio has something to say first: that the wait was cancelled.
-  void (*resume_suspension_)(awaitable&) = nullptr;
+  /// Set when Asio has something to say first: that the wait was cancelled (thrown, or set and false).
+  bool (*resume_suspension_)(awaitable&) = nullptr;
   /// Nothing is written here unless the operation waits.
   alignas(plain_suspension) std::byte suspension_[sizeof(plain_suspension)];
 };
@@ -199,6 +201,14 @@ class operation_base {
       return result;
     }
   }
+
+  /// What the caller gets when the wait was cancelled and he asked for an error code.
+  auto nothing() noexcept {
+    news why = news::none;
+    return decltype(static_cast<Derived&>(*this).finish(why))();
+  }
+  /// Where errors go; null: they are thrown.
+  [[nodiscard]] std::error_code* error() const noexcept { return error_; }
 
  private:
   std::error_code* error_;
@@ -293,6 +303,8 @@ class sender {
       if (!messages_.empty()) sender_->fails(why);
       return sent_;
     }
+    /// When the wait was cancelled: what was sent before stays sent.
+    std::size_t nothing() const noexcept { return sent_; }
     [[nodiscard]] endpoint* end() const noexcept { return sender_->end_.get(); }
     [[nodiscard]] const std::string& end_name() const noexcept { return sender_->name(); }
 

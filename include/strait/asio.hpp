@@ -215,8 +215,20 @@ struct asio_suspension {
         wait_awaitable{detail::start<detail::until_ready<Operation>, void(std::error_code)>(
             detail::until_ready<Operation>{&self.operation_}, asio::use_awaitable_t<Executor>{})};
     self.destroy_suspension_ = [](operation_awaitable& of) noexcept { wait_in(of).~wait_awaitable(); };
-    // Throws when the wait was cancelled.
-    self.resume_suspension_ = [](operation_awaitable& of) { wait_in(of).await_resume(); };
+    self.resume_suspension_ = [](operation_awaitable& of) {
+      std::error_code* const error = of.operation_.error();
+      if (error == nullptr) {
+        wait_in(of).await_resume();  // throws when the wait was cancelled
+        return true;
+      }
+      try {
+        wait_in(of).await_resume();
+      } catch (const std::system_error& cancelled) {
+        *error = cancelled.code();
+        return false;
+      }
+      return true;
+    };
     wait->await_suspend(awaiting);
   }
 
