@@ -773,7 +773,7 @@ class receiver {
       return true;
     }
     if (gather) gather_.before_look();
-    if (const std::uint64_t there = lane_.look(); there != 0) {
+    if (const std::uint64_t there = look_at_lane(); there != 0) {
       gather_.found(there);
       return true;
     }
@@ -783,10 +783,18 @@ class receiver {
     const news heard = end_->look_at_peer(lane_.head());
     if (heard == news::none) return false;
     // The peer published before it left; look_at_peer acquired that.
-    if (heard != news::corrupt && lane_.look() != 0) return true;
+    if (heard != news::corrupt && look_at_lane() != 0) return true;
     if (lane_.corrupt()) return corrupt();
     ending_ = heard;
     return true;
+  }
+
+  /// The messages that are there, up to where a dead sender's end: its death is told before its replacement's first.
+  std::uint64_t look_at_lane() noexcept {
+    const std::uint64_t there = lane_.look();
+    // A replacement published behind the declaration of the death, so whoever sees its message sees the death, too.
+    if (there == 0 || !end_->death_untold()) [[likely]] return there;
+    return lane_.limit(end_->died_at());
   }
 
   bool corrupt() noexcept {

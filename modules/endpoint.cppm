@@ -187,6 +187,17 @@ class endpoint final : private process_watcher {
     return news::none;
   }
 
+  /// Whether the peer died and that was not reported yet: what lies at `died_at` and behind it is a replacement's.
+  [[nodiscard]] inline bool death_untold() const noexcept {
+    // acquire: as in look_at_peer.
+    return peer().last_death.load(std::memory_order_acquire) != death_seen_;
+  }
+  /// Where the dead sender's messages end.
+  [[nodiscard]] std::uint64_t died_at() const noexcept {
+    // relaxed: behind the load in death_untold.
+    return peer().died_at.load(std::memory_order_relaxed);
+  }
+
   /// The death that `look_at_peer` told of was reported to the user.
   void death_reported() noexcept {
     // acquire: as in look_at_peer.
