@@ -241,7 +241,8 @@ class endpoint final : private process_watcher {
   endpoint() = default;
   [[nodiscard]] end_entry& own() const noexcept { return header_->ends[static_cast<std::size_t>(role_)]; }
   [[nodiscard]] end_entry& peer() const noexcept { return header_->ends[static_cast<std::size_t>(other(role_))]; }
-  void adopt(segment_header& header, role mine, const channel_options& options) noexcept;
+  void adopt(segment_header& header, const segment_header& checked, role mine,
+             const channel_options& options) noexcept;
   void enter();
   void watch_peer() noexcept;
   bool look() noexcept override;

@@ -140,12 +140,13 @@ struct endpoint::private_channel {
   }
 };
 
-void endpoint::adopt(segment_header& header, role mine, const channel_options& options) noexcept {
+void endpoint::adopt(segment_header& header, const segment_header& checked, role mine,
+                     const channel_options& options) noexcept {
   header_ = &header;
   role_ = mine;
-  capacity_ = header.capacity;
-  slots_offset_ = header.slots_offset;
-  barrier_ = header.barrier;
+  capacity_ = checked.capacity;
+  slots_offset_ = checked.slots_offset;
+  barrier_ = checked.barrier;
   policy_ = options.wait;
   longest_spin_ = options.longest_spin.count();
   spin_ = spin_budget{options.wait, std::min<std::int64_t>(longest_spin_, 10'000), longest_spin_};
@@ -165,7 +166,7 @@ std::pair<std::unique_ptr<endpoint>, std::unique_ptr<endpoint>> endpoint::make_p
   shared->destroy = destroy;
   const auto make = [&](role mine) {
     std::unique_ptr<endpoint> made{new endpoint};
-    made->adopt(*header, mine, options);
+    made->adopt(*header, *header, mine, options);
     made->text_ = "private channel";
     made->private_ = shared;
     // relaxed: the handles are given to other threads by means that order this.
@@ -249,7 +250,13 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
   };
 
   made->segment_ = open_segment(made->name_, options.open, plan, sizeof(segment_header), examine, bytes_to_map);
-  made->adopt(*std::launder(reinterpret_cast<segment_header*>(made->segment_.map.data())), mine, options);
+  // Once more, and from here on only this copy: what was examined can have been overwritten before it was mapped.
+  segment_header checked{};
+  const std::span<const std::byte> mapped{made->segment_.map.data(), sizeof(segment_header)};
+  if (checked_size(channel, mapped, checked) != made->segment_.map.size() || checked.message_bytes != shape.bytes) {
+    fail(errc::corrupt, channel + ": expected a header that stays as it is, found it changed while it was entered");
+  }
+  made->adopt(*std::launder(reinterpret_cast<segment_header*>(made->segment_.map.data())), checked, mine, options);
   made->enter();
   return made;
 }
