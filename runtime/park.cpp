@@ -20,6 +20,10 @@ module;
 module strait.park;
 
 namespace strait {
+
+// In runtime/switchboard.cpp, whose mutex comes before that of the doorbells.
+void attend_forks();
+
 namespace {
 
 int membarrier(int command) noexcept { return static_cast<int>(::syscall(SYS_membarrier, command, 0, 0)); }
@@ -47,6 +51,9 @@ doorbell_list& doorbells() {
 }
 
 }  // namespace
+
+void lock_doorbells() { doorbells().mutex.lock(); }
+void unlock_doorbells() { doorbells().mutex.unlock(); }
 
 bool register_barrier(store_load kind) noexcept {
   if (kind == store_load::by_fence) return true;
@@ -96,6 +103,7 @@ void futex_wake(std::atomic<std::uint32_t>& word) noexcept {
 
 doorbell::doorbell() : descriptor_{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)} {
   if (descriptor_ < 0) throw std::system_error{errno, std::system_category(), "eventfd for a hub's doorbell"};
+  attend_forks();
   auto& list = doorbells();
   const std::lock_guard lock{list.mutex};
   number_ = list.next++;

@@ -37,6 +37,11 @@ module strait.park;
 ///
 /// Everything here is off the hot path, under one mutex.
 namespace strait {
+
+// In runtime/park.cpp.
+void lock_doorbells();
+void unlock_doorbells();
+
 namespace {
 
 class descriptor {
@@ -409,21 +414,21 @@ class switchboard {
 std::atomic<switchboard*> current_switchboard{nullptr};
 std::mutex creation;
 
-switchboard& board() {
-  // acquire: pairs with the release below; the object behind the pointer was made by another thread.
-  if (auto* made = current_switchboard.load(std::memory_order_acquire)) return *made;
-  const std::lock_guard lock{creation};
-  if (auto* made = current_switchboard.load(std::memory_order_acquire)) return *made;
+/// Has no fork find a mutex of ours held by a thread that the child does not have.
+void register_fork_handlers() {
   static const int once = ::pthread_atfork(
       [] {
         creation.lock();
         if (auto* now = current_switchboard.load(std::memory_order_relaxed)) now->mutex.lock();
+        lock_doorbells();
       },
       [] {
+        unlock_doorbells();
         if (auto* now = current_switchboard.load(std::memory_order_relaxed)) now->mutex.unlock();
         creation.unlock();
       },
       [] {
+        unlock_doorbells();
         if (auto* now = current_switchboard.load(std::memory_order_relaxed)) {
           now->abandon_in_child();
           now->mutex.unlock();
@@ -433,12 +438,22 @@ switchboard& board() {
         creation.unlock();
       });
   (void)once;
+}
+
+switchboard& board() {
+  // acquire: pairs with the release below; the object behind the pointer was made by another thread.
+  if (auto* made = current_switchboard.load(std::memory_order_acquire)) return *made;
+  const std::lock_guard lock{creation};
+  if (auto* made = current_switchboard.load(std::memory_order_acquire)) return *made;
+  register_fork_handlers();
   auto* made = new switchboard;  // outlives every thread that may still ring
   current_switchboard.store(made, std::memory_order_release);
   return *made;
 }
 
 }  // namespace
+
+void attend_forks() { register_fork_handlers(); }
 
 process_identity this_process() { return board().identity(); }
 
