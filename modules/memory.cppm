@@ -87,8 +87,9 @@ class mapping {
 class file_locks {
  public:
   file_locks() = default;
-  /// Takes the descriptor over.
-  explicit file_locks(int descriptor);
+  /// Opens the file; no descriptor, and errno set, when it cannot. No fork comes between the opening and the entry in the
+  /// list of what a child closes: a child that kept the descriptor would keep the locks after our death.
+  file_locks(const char* path, int flags, unsigned mode);
   file_locks(file_locks&& other) noexcept;
   file_locks& operator=(file_locks&& other) noexcept;
   /// Drops all locks.

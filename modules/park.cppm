@@ -181,7 +181,7 @@ class bell_latch {
 void futex_sleep(std::atomic<std::uint32_t>& word, presence parked,
                  std::optional<std::chrono::steady_clock::time_point> deadline) noexcept;
 
-/// Wakes the thread that sleeps on the word.
+/// Wakes every thread that sleeps on the word.
 void futex_wake(std::atomic<std::uint32_t>& word) noexcept;
 
 /// An eventfd by which a hub of this process is woken: a latch, readable from the first ring until `drain`.
