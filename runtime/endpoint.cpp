@@ -353,14 +353,12 @@ bool endpoint::look() noexcept {
       them.incarnation.load(std::memory_order_relaxed) != watched_incarnation_.load(std::memory_order_relaxed);
   segment_.locks.unlock(gate_byte);
   if (!settled) return false;
-  // Wake whoever waits on this end, as the peer would have done. It may be asleep with a doorbell that only the dead
-  // process had, so this is done for a replaced peer, too.
+  // Wake whoever waits on this end, as the peer would have done.
   const presence parked = claim_ring(own_word(), barrier_);
-  if (parked == presence::thread_parked) {
-    futex_wake(own_word());
-  } else if (parked == presence::hub_parked) {
-    doorbell::ring(own().doorbell.load(std::memory_order_relaxed));
-  }
+  if (parked == presence::thread_parked) futex_wake(own_word());
+  // The doorbell in any case: a replacement may have taken the announcement back in our place and found that only the
+  // dead process had the bell. A ring too many costs a look.
+  doorbell::ring(own().doorbell.load(std::memory_order_relaxed));
   return true;
 }
 
