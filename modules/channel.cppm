@@ -766,6 +766,8 @@ class receiver {
     if (gather) gather_.before_look();
     if (const std::uint64_t there = lane_.look(); there != 0) {
       gather_.found(there);
+      // A replacement may have published behind what a dead sender committed: its messages come after the report.
+      if (end_->peer_has_died()) [[unlikely]] return look_before_death();
       return true;
     }
     if (lane_.corrupt()) return corrupt();
@@ -773,10 +775,17 @@ class receiver {
     if (lane_.release_pending()) released();
     const news heard = end_->look_at_peer(lane_.head());
     if (heard == news::none) return false;
-    // The peer published before it left; look_at_peer acquired that.
-    if (heard != news::corrupt && lane_.look() != 0) return true;
+    // The peer published before it left; look_at_peer acquired that. After a death there is nothing of the dead left.
+    if (heard == news::closed && lane_.look() != 0) return true;
     if (lane_.corrupt()) return corrupt();
     ending_ = heard;
+    return true;
+  }
+
+  /// A death was not yet reported: of the messages that are known, only those count that the dead sender committed.
+  [[gnu::cold]] bool look_before_death() noexcept {
+    lane_.forget_beyond(end_->messages_before_death(lane_.head()));
+    if (lane_.known() == 0) ending_ = news::died;
     return true;
   }
 

@@ -187,6 +187,20 @@ class endpoint final : private process_watcher {
     return news::none;
   }
 
+  /// Whether the peer died since `death_reported`. A load of a line that rarely changes.
+  [[nodiscard]] bool peer_has_died() const noexcept {
+    // acquire: as in look_at_peer. Whoever sees a replacement's messages sees this, too: it was declared before the
+    // replacement entered.
+    return peer().deaths.load(std::memory_order_acquire) != deaths_seen_;
+  }
+
+  /// After `peer_has_died`: how many of the messages from `position` on the dead sender had committed.
+  [[nodiscard]] std::uint64_t messages_before_death(std::uint64_t position) const noexcept {
+    // relaxed: the acquire of `deaths` covers it.
+    const std::uint64_t died_at = peer().died_at.load(std::memory_order_relaxed);
+    return died_at > position ? died_at - position : 0;
+  }
+
   /// The death that `look_at_peer` told of was reported to the user.
   void death_reported() noexcept {
     // acquire: as in look_at_peer.

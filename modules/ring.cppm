@@ -247,6 +247,13 @@ class lane_consumer {
     return slots[(head_ + offset) & (capacity_ - 1)];
   }
 
+  /// Knows of `n` messages at most until the next look.
+  void forget_beyond(std::uint64_t n) noexcept {
+    if (known() <= n) return;
+    tail_seen_ = head_ + n;
+    lone_ = false;
+  }
+
   /// Counts `n` messages as taken from their slots.
   void skip(std::uint64_t n) noexcept {
     lone_ = false;
