@@ -202,12 +202,17 @@ mapping::~mapping() {
 
 void mapping::populate() noexcept {
 #ifdef MADV_POPULATE_WRITE
-  if (::madvise(data_, bytes_, MADV_POPULATE_WRITE) == 0) return;
+  // EINVAL: a kernel before 5.14. Where the kernel knows the call and cannot do it, touching would be a signal.
+  if (::madvise(data_, bytes_, MADV_POPULATE_WRITE) == 0 || errno != EINVAL) return;
 #endif
-  // Before Linux 5.14: touch each page without changing it, because another process may be using it.
+  // Touch each page for writing without changing it, because another process may be using it. A compare-exchange, because
+  // compilers turn an addition of zero whose result nobody wants into nothing at all.
   const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
   for (std::size_t at = 0; at < bytes_; at += page) {
-    reinterpret_cast<std::atomic<std::uint32_t>*>(data_ + at)->fetch_add(0, std::memory_order_relaxed);
+    auto& word = *reinterpret_cast<std::atomic<std::uint32_t>*>(data_ + at);
+    std::uint32_t same = word.load(std::memory_order_relaxed);
+    while (!word.compare_exchange_weak(same, same, std::memory_order_relaxed)) {
+    }
   }
 }
 
