@@ -44,6 +44,11 @@ enum class presence : std::uint32_t {
   dead = 5,
 };
 
+/// Whether a word that was read from shared memory is one of these.
+[[nodiscard]] constexpr bool is_presence(std::uint32_t word) noexcept {
+  return word <= static_cast<std::uint32_t>(presence::dead);
+}
+
 /// How the StoreLoad order between a publication and the read of the presence word is had. Fixed when a channel is
 /// created; all its ends must agree.
 enum class store_load : std::uint32_t {

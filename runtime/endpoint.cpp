@@ -109,6 +109,19 @@ std::size_t checked_size(const std::string& channel, std::span<const std::byte> 
   return header.segment_bytes;
 }
 
+/// Whether the words of this copy of a header are such as correct ends write. The cursors are compared only where
+/// nobody lives: they were not copied at one instant.
+bool words_are_sound(const segment_header& header, bool inhabited) noexcept {
+  // relaxed, all of them: a copy of our own.
+  if (header.poisoned.load(std::memory_order_relaxed) != 0) return false;
+  for (const end_entry& entry : header.ends) {
+    if (!is_presence(entry.presence.load(std::memory_order_relaxed))) return false;
+  }
+  return inhabited || header.lane.tail.load(std::memory_order_relaxed) -
+                              header.lane.head.load(std::memory_order_relaxed) <=
+                          header.capacity;
+}
+
 /// Declares the end dead if it looks alive and nobody holds its lock. The gate must be held.
 bool declare_if_dead(segment_header& header, role who, const file_locks& locks) noexcept {
   end_entry& entry = header.ends[static_cast<std::size_t>(who)];
@@ -220,7 +233,7 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
       return refuse(errc::truncated_segment, "a segment of " + std::to_string(header.segment_bytes) + " bytes",
                     std::to_string(size));
     }
-    if (header.poisoned.load(std::memory_order_relaxed) != 0) {
+    if (!words_are_sound(header, inhabited)) {
       return refuse(errc::corrupt, "a sound channel", "one that was poisoned by an impossible value");
     }
     if (name_in(header) != shape.name.substr(0, sizeof header.message_name - 1) ||
