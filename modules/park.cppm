@@ -107,7 +107,8 @@ inline bool take_back(Word& word) noexcept {
 
 /// The waiter's half of the protocol, up to the sleep: announce, make it visible, look once more. True: the caller may
 /// sleep on whatever `parked` names, and must `take_back` when it wakes. False: there was something, and the
-/// announcement was taken back.
+/// announcement was taken back; a sender may have rung meanwhile, and only us. So a waiter that gives up after false,
+/// because it was cancelled, passes the wake on as one that was rung.
 ///
 /// A hub that waits for many ends announces in each of their words, pays one barrier, and looks at each: the same three
 /// steps in the same order.

@@ -83,8 +83,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   /// The first executor that asks decides where turns run.
   void use(const asio::any_io_executor& executor) {
-    const std::lock_guard lock{mutex_};
-    if (!executor_) executor_ = without_strand(executor);
+    // Not under mutex_: a coroutine that is resumed by the turn may ask.
+    std::call_once(used_, [&] { executor_ = without_strand(executor); });
   }
 
   void wait(hub_waiter& waiter) noexcept override {
@@ -396,6 +396,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
     if (make_resident()) turn();
   }
 
+  std::once_flag used_;
   asio::any_io_executor executor_;
   std::atomic<hub_state> state_{hub_state::idle};
   std::atomic<hub_waiter*> inbox_{nullptr};

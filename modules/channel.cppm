@@ -1,0 +1,905 @@
+module;
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <coroutine>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <type_traits>
+#include <utility>
+
+#include "strait/asio_names.hpp"
+export module strait.channel;
+
+import strait.error;
+import strait.hub;
+export import strait.endpoint;
+
+/// The handles: `sender<T>` and `receiver<T>`, and every operation in every form.
+///
+/// An operation is an object with three parts, and each form is one way of putting them together:
+///
+///  - `ready_now()`: can it go on without waiting? Bounded, so that a coroutine that always finds something still lets
+///    its neighbours have their turn.
+///  - `look()`: the same for a waiter, which also looks at what happened to the peer.
+///  - `finish(ec)`: does it. A message leaves the ring only here, in the hands of whoever asked for it, so an operation
+///    that is cancelled or destroyed while it waits has taken nothing.
+export namespace strait {
+
+/// What a message type is called across processes. Specialise it for types of your own: the name and version are
+/// compared when an end enters a channel. Never derived from a compiler's spelling, which differs between compilers.
+///
+///     template <> struct strait::message_traits<Order> {
+///       static constexpr std::string_view name = "Order";   // up to 63 characters
+///       static constexpr std::uint32_t version = 1;
+///     };
+template <class T>
+struct message_traits {
+  static constexpr std::string_view name = [] {
+    constexpr std::string_view integers[] = {"i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64"};
+    if constexpr (std::is_same_v<T, bool>) {
+      return std::string_view{"bool"};
+    } else if constexpr (std::is_integral_v<T> && sizeof(T) <= 8) {
+      constexpr std::size_t size = sizeof(T) == 1 ? 0 : sizeof(T) == 2 ? 1 : sizeof(T) == 4 ? 2 : 3;
+      return integers[(std::is_signed_v<T> ? 0 : 4) + size];
+    } else if constexpr (std::is_same_v<T, float>) {
+      return std::string_view{"f32"};
+    } else if constexpr (std::is_same_v<T, double>) {
+      return std::string_view{"f64"};
+    } else {
+      return std::string_view{};
+    }
+  }();
+  static constexpr std::uint32_t version = 0;
+};
+
+/// The shape that a segment's header tells of `T`.
+template <class T>
+inline constexpr message_shape shape_of{message_traits<T>::name, message_traits<T>::version,
+                                        static_cast<std::uint32_t>(sizeof(T)), static_cast<std::uint32_t>(alignof(T))};
+
+/// How many messages an awaited operation takes or puts without suspending before its coroutine lets others have their
+/// turn once. A suspension costs some tens of nanoseconds, so this is invisible in the mean; its length is what a
+/// neighbour waits at most.
+inline constexpr std::uint32_t ready_budget = 1024;
+
+template <class T>
+class sender;
+template <class T>
+class receiver;
+
+/// An operation, awaitable in any coroutine: in `asio::awaitable` directly, because it is one of its specialisations and
+/// so passes Asio's `await_transform` with an `await_ready()` of our own; in every other coroutine because it is a plain
+/// awaiter. Suspends only when it has to wait.
+template <class Operation>
+struct awaited {};
+
+/// Whether a promise is that of an `asio::awaitable`, which must be resumed by Asio and by nobody else.
+template <class T>
+inline constexpr bool is_asio_awaitable = false;
+template <class T, class Executor>
+inline constexpr bool is_asio_awaitable<asio::awaitable<T, Executor>> = true;
+template <class Promise>
+concept asio_promise = requires(Promise& promise) {
+  requires is_asio_awaitable<decltype(promise.get_return_object())>;
+};
+
+}  // namespace strait
+
+/// The awaiter of every operation.
+///
+/// Waits: in the hub of the coroutine's executor; that of its task; or that of this thread. Cancel safety: destroying it
+/// while it waits takes nothing. Allocates: never, unless an `asio::awaitable` has to suspend, which takes one frame from
+/// Asio's cache. Errors: `no_hub` when a coroutine that is neither Asio's nor a `task` has to wait where no hub is.
+export template <class Operation, class Executor>
+class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
+ public:
+  explicit awaitable(Operation operation) noexcept : operation_{std::move(operation)} {}
+  /// Moved only before it waits.
+  awaitable(awaitable&& other) noexcept : operation_{std::move(other.operation_)} {}
+  awaitable& operator=(awaitable&&) = delete;
+  ~awaitable() {
+    if (destroy_suspension_ != nullptr) [[unlikely]] destroy_suspension_(*this);
+  }
+
+  [[nodiscard]] bool await_ready() noexcept { return operation_.ready_now(); }
+
+  template <class Promise>
+  void await_suspend(std::coroutine_handle<Promise> awaiting) {
+    if constexpr (strait::asio_promise<Promise>) {
+      strait::asio_suspension<Operation, Executor>::suspend(*this, awaiting);
+    } else {
+      strait::hub* hub = nullptr;
+      if constexpr (requires { awaiting.promise().environment(); }) {
+        hub = static_cast<strait::hub*>(awaiting.promise().environment());
+      }
+      if (hub == nullptr) hub = strait::hub::current();
+      if (hub == nullptr) {
+        strait::fail(strait::errc::no_hub,
+                     "a coroutine has to wait: expected a strait::task, an asio::awaitable or a thread of "
+                     "strait::runtime, found none of them");
+      }
+      auto* waiting = ::new (static_cast<void*>(suspension_)) plain_suspension;
+      waiting->self = this;
+      waiting->awaiting = awaiting;
+      waiting->end = operation_.end();
+      waiting->ready = [](strait::hub_waiter& waiter, bool alone) noexcept {
+        return static_cast<plain_suspension&>(waiter).self->operation_.look(alone);
+      };
+      waiting->complete = [](strait::hub_waiter& waiter) {
+        auto& me = static_cast<plain_suspension&>(waiter);
+        me.self->destroy_suspension_ = nullptr;
+        me.awaiting.resume();
+      };
+      destroy_suspension_ = [](awaitable& self) noexcept {
+        auto* me = std::launder(reinterpret_cast<plain_suspension*>(self.suspension_));
+        if (me->owner != nullptr) me->owner->withdraw(*me);
+      };
+      // From here on another thread may resume us: nothing of this object is touched after.
+      hub->wait(*waiting);
+    }
+  }
+
+  decltype(auto) await_resume() {
+    if (resume_suspension_ != nullptr) [[unlikely]] resume_suspension_(*this);
+    return operation_.finish();
+  }
+
+  /// The operation itself, for those who put it into another form.
+  [[nodiscard]] Operation&& operation() && noexcept { return std::move(operation_); }
+
+ private:
+  friend struct strait::asio_suspension<Operation, Executor>;
+
+  struct plain_suspension : strait::hub_waiter {
+    awaitable* self = nullptr;
+    std::coroutine_handle<> awaiting;
+  };
+
+  Operation operation_;
+  /// Set while the operation waits.
+  void (*destroy_suspension_)(awaitable&) noexcept = nullptr;
+  /// Set when Asio has something to say first: that the wait was cancelled.
+  void (*resume_suspension_)(awaitable&) = nullptr;
+  /// Nothing is written here unless the operation waits.
+  alignas(plain_suspension) std::byte suspension_[sizeof(plain_suspension)];
+};
+
+namespace strait {
+
+/// Turns what happened to the peer into what the caller asked for.
+[[gnu::cold]] void report(news why, std::error_code* error, const std::string& channel);
+
+/// The steps that all operations share. `Derived` has `finish(news&)`.
+template <class Derived>
+class operation_base {
+ public:
+  explicit operation_base(std::error_code* error) noexcept : error_{error} {}
+
+  /// Does it; throws, or sets the caller's error code.
+  decltype(auto) finish() {
+    auto& self = static_cast<Derived&>(*this);
+    news why = news::none;
+    if constexpr (std::is_void_v<decltype(self.finish(why))>) {
+      self.finish(why);
+      if (why != news::none || error_ != nullptr) [[unlikely]] report(why, error_, self.end_name());
+    } else {
+      auto result = self.finish(why);
+      if (why != news::none || error_ != nullptr) [[unlikely]] report(why, error_, self.end_name());
+      return result;
+    }
+  }
+
+ private:
+  std::error_code* error_;
+};
+
+}  // namespace strait
+
+export namespace strait {
+
+/// What an awaitable operation of a handle returns.
+template <class Operation>
+using awaitable_operation = asio::awaitable<awaited<Operation>, asio::any_io_executor>;
+
+/// A word that says `closed`, for handles that closed or were moved from.
+inline std::atomic<std::uint32_t> closed_word{static_cast<std::uint32_t>(presence::closed)};
+
+/// Room for messages that was reserved in the lane itself. Fill `messages()` in place and `commit`; dropping the permit
+/// sends nothing. The sender sends nothing else meanwhile.
+template <class T>
+class [[nodiscard]] permit {
+ public:
+  permit() = default;
+  permit(permit&& other) noexcept : sender_{std::exchange(other.sender_, nullptr)}, messages_{other.messages_} {}
+  permit& operator=(permit&& other) noexcept {
+    std::swap(sender_, other.sender_);
+    std::swap(messages_, other.messages_);
+    return *this;
+  }
+
+  /// Where the messages go; as many as asked for, or fewer: what was free without a gap.
+  [[nodiscard]] std::span<T> messages() const noexcept { return messages_; }
+
+  /// Sends the first `n` messages.
+  ///
+  /// Waits: never. Allocates: never. Errors: none. Complexity: one store.
+  void commit(std::size_t n) noexcept {
+    if (n != 0) sender_->commit(n > messages_.size() ? messages_.size() : n);
+    messages_ = {};
+  }
+  /// Sends all of them.
+  void commit() noexcept { commit(messages_.size()); }
+
+ private:
+  friend class sender<T>;
+  permit(sender<T>& from, std::span<T> messages) noexcept : sender_{&from}, messages_{messages} {}
+  sender<T>* sender_ = nullptr;
+  std::span<T> messages_;
+};
+
+/// The sending end of a channel. Used by one thread at a time; the destructor closes.
+///
+/// Every operation reports `errc::closed` when the receiver closed, `errc::peer_died` once when its process died (the
+/// handle stays usable: what is sent next goes to a replacement), and `errc::corrupt` when the shared memory holds an
+/// impossible value. An operation that reports an error sent nothing.
+template <class T>
+class sender {
+ public:
+  using value_type = T;
+
+  /// One message to be sent.
+  class send_operation : public operation_base<send_operation> {
+   public:
+    send_operation(sender& from, T message, std::error_code* error) noexcept(std::is_nothrow_move_constructible_v<T>)
+        : operation_base<send_operation>{error}, sender_{&from}, message_{std::move(message)} {}
+    using operation_base<send_operation>::finish;
+    [[nodiscard]] bool ready_now() noexcept { return sender_->ready_now(); }
+    [[nodiscard]] bool look(bool) noexcept { return sender_->look(); }
+    void finish(news& why) {
+      if (sender_->fails(why)) [[unlikely]] return;
+      sender_->push(std::move(message_));
+    }
+    [[nodiscard]] endpoint* end() const noexcept { return sender_->end_.get(); }
+    [[nodiscard]] const std::string& end_name() const noexcept { return sender_->name(); }
+
+   private:
+    sender* sender_;
+    T message_;
+  };
+
+  /// Many messages to be sent.
+  class send_many_operation : public operation_base<send_many_operation> {
+   public:
+    send_many_operation(sender& from, std::span<const T> messages, std::error_code* error) noexcept
+        : operation_base<send_many_operation>{error}, sender_{&from}, messages_{messages} {}
+    using operation_base<send_many_operation>::finish;
+    [[nodiscard]] bool ready_now() noexcept {
+      if (!sender_->ready_now()) return false;
+      return go_on();
+    }
+    [[nodiscard]] bool look(bool) noexcept { return go_on(); }
+    std::size_t finish(news& why) {
+      if (!messages_.empty()) sender_->fails(why);
+      return sent_;
+    }
+    [[nodiscard]] endpoint* end() const noexcept { return sender_->end_.get(); }
+    [[nodiscard]] const std::string& end_name() const noexcept { return sender_->name(); }
+
+   private:
+    bool go_on() noexcept {
+      while (!messages_.empty()) {
+        if (!sender_->look()) return false;
+        if (sender_->ending_ != news::none) return true;
+        const std::size_t n = sender_->push_many(messages_);
+        messages_ = messages_.subspan(n);
+        sent_ += n;
+      }
+      return true;
+    }
+    sender* sender_;
+    std::span<const T> messages_;
+    std::size_t sent_ = 0;
+  };
+
+  /// Room to be reserved.
+  class reserve_operation : public operation_base<reserve_operation> {
+   public:
+    reserve_operation(sender& from, std::size_t n, std::error_code* error) noexcept
+        : operation_base<reserve_operation>{error}, sender_{&from}, count_{n} {}
+    using operation_base<reserve_operation>::finish;
+    [[nodiscard]] bool ready_now() noexcept { return sender_->ready_now(); }
+    [[nodiscard]] bool look(bool) noexcept { return sender_->look(); }
+    permit<T> finish(news& why) {
+      if (sender_->fails(why)) return {};
+      return {*sender_, sender_->free_span(count_)};
+    }
+    [[nodiscard]] endpoint* end() const noexcept { return sender_->end_.get(); }
+    [[nodiscard]] const std::string& end_name() const noexcept { return sender_->name(); }
+
+   private:
+    sender* sender_;
+    std::size_t count_;
+  };
+
+  sender() = default;
+  /// For `make_channel` and `open_sender`.
+  explicit sender(std::unique_ptr<endpoint> end) noexcept
+      : lane_{end->lane(), end->capacity()},
+        slots_{reinterpret_cast<native_slot<T>*>(end->slots())},
+        peer_word_{&end->peer_word()},
+        barrier_{end->barrier()},
+        end_{std::move(end)} {}
+  sender(sender&& other) noexcept { *this = std::move(other); }
+  sender& operator=(sender&& other) noexcept {
+    if (this == &other) return *this;
+    lane_ = std::exchange(other.lane_, {});
+    slots_ = std::exchange(other.slots_, nullptr);
+    peer_word_ = std::exchange(other.peer_word_, &closed_word);
+    barrier_ = other.barrier_;
+    until_turn_ = other.until_turn_;
+    ending_ = std::exchange(other.ending_, news::none);
+    end_ = std::move(other.end_);
+    return *this;
+  }
+
+  /// Sends one message, waiting for room. To be awaited; yields nothing.
+  ///
+  /// Waits: in the hub while the lane is full; never otherwise. Cancel safety: a send that is cancelled or destroyed
+  /// while it waits sent nothing. Allocates: never. Errors: as the class says, thrown or set. Complexity: constant.
+  [[nodiscard]] awaitable_operation<send_operation> send(T message) {
+    return awaitable_operation<send_operation>{send_operation{*this, std::move(message), nullptr}};
+  }
+  [[nodiscard]] awaitable_operation<send_operation> send(T message, std::error_code& error) {
+    return awaitable_operation<send_operation>{send_operation{*this, std::move(message), &error}};
+  }
+
+  /// Sends all messages of the span, in contiguous batches that cost one store each. To be awaited; yields how many were
+  /// sent, which is all of them unless there was an error. The span must live until then.
+  ///
+  /// Waits: in the hub while the lane is full. Cancel safety: what was sent before the cancellation stays sent, so cancel
+  /// only what may be sent in part. Allocates: never. Errors: as the class says. Complexity: linear.
+  [[nodiscard]] awaitable_operation<send_many_operation> send_many(std::span<const T> messages)
+    requires std::is_trivially_copyable_v<T>
+  {
+    return awaitable_operation<send_many_operation>{send_many_operation{*this, messages, nullptr}};
+  }
+  [[nodiscard]] awaitable_operation<send_many_operation> send_many(std::span<const T> messages, std::error_code& error)
+    requires std::is_trivially_copyable_v<T>
+  {
+    return awaitable_operation<send_many_operation>{send_many_operation{*this, messages, &error}};
+  }
+
+  /// Reserves room for 1 to `n` messages in the lane itself. To be awaited; yields a permit.
+  ///
+  /// Waits: in the hub while the lane is full. Cancel safety: nothing happened. Allocates: never. Errors: as the class
+  /// says. Complexity: constant.
+  [[nodiscard]] awaitable_operation<reserve_operation> reserve(std::size_t n)
+    requires std::is_trivially_copyable_v<T>
+  {
+    return awaitable_operation<reserve_operation>{reserve_operation{*this, n, nullptr}};
+  }
+  [[nodiscard]] awaitable_operation<reserve_operation> reserve(std::size_t n, std::error_code& error)
+    requires std::is_trivially_copyable_v<T>
+  {
+    return awaitable_operation<reserve_operation>{reserve_operation{*this, n, &error}};
+  }
+
+  /// Sends one message if there is room. False: there is none, and `message` is as it was.
+  ///
+  /// Waits: never. Allocates: never. Errors: as the class says, thrown or set. Complexity: constant.
+  template <class U>
+    requires std::is_constructible_v<T, U&&>
+  [[nodiscard]] bool try_send(U&& message) {
+    return try_send(std::forward<U>(message), nullptr);
+  }
+  template <class U>
+    requires std::is_constructible_v<T, U&&>
+  [[nodiscard]] bool try_send(U&& message, std::error_code& error) {
+    return try_send(std::forward<U>(message), &error);
+  }
+
+  /// Sends one message, blocking the thread while there is no room.
+  ///
+  /// Waits: spins, then parks on the futex. Allocates: never. Errors: as the class says. Complexity: constant.
+  void blocking_send(T message) { block(std::move(message), nullptr, std::nullopt); }
+  void blocking_send(T message, std::error_code& error) { block(std::move(message), &error, std::nullopt); }
+  /// The same, until the deadline: false, or `std::errc::timed_out` in `error`, when it passed and nothing was sent.
+  bool blocking_send_until(T message, std::chrono::steady_clock::time_point deadline) {
+    return block(std::move(message), nullptr, deadline);
+  }
+  bool blocking_send_until(T message, std::chrono::steady_clock::time_point deadline, std::error_code& error) {
+    return block(std::move(message), &error, deadline);
+  }
+
+  /// What was sent is still delivered; then the receiver sees the end. Idempotent.
+  void close() noexcept { *this = sender{}; }
+  /// Whether the receiver, or this end, closed.
+  [[nodiscard]] bool is_closed() const noexcept { return !end_ || end_->peer_closed(); }
+  /// Messages sent and not yet released by the receiver, at most an eighth of the capacity more than it has taken.
+  [[nodiscard]] std::size_t depth() const noexcept {
+    // relaxed: a figure that may be old when it is read.
+    return end_ ? static_cast<std::size_t>(lane_.tail() - end_->lane().head.load(std::memory_order_relaxed)) : 0;
+  }
+  [[nodiscard]] std::size_t capacity() const noexcept { return static_cast<std::size_t>(lane_.capacity()); }
+
+ private:
+  friend class permit<T>;
+
+  /// Room and an awake receiver: one load, two compares.
+  [[nodiscard]] bool ready_now() noexcept {
+    // relaxed: `closed` only has to be seen soon; what a parked receiver needs is in claim_ring.
+    if (lane_.known_room() != 0 &&
+        peer_word_->load(std::memory_order_relaxed) == static_cast<std::uint32_t>(presence::awake) &&
+        --until_turn_ != 0) [[likely]] {
+      return true;
+    }
+    if (until_turn_ == 0) {
+      until_turn_ = ready_budget;
+      return false;
+    }
+    return look();
+  }
+
+  [[gnu::noinline]] bool look() noexcept {
+    if (!end_) {
+      ending_ = news::closed;
+      return true;
+    }
+    ending_ = end_->look_at_peer(lane_.tail());
+    if (ending_ != news::none || lane_.known_room() != 0 || lane_.look() != 0) return true;
+    if (!lane_.corrupt()) return false;
+    end_->poison();
+    ending_ = news::corrupt;
+    return true;
+  }
+
+  /// Whether the operation ends without sending; why is the caller's.
+  [[nodiscard]] bool fails(news& why) noexcept {
+    if (ending_ == news::none) [[likely]] return false;
+    why = std::exchange(ending_, news::none);
+    if (why == news::died) end_->death_reported();
+    return true;
+  }
+
+  template <class U>
+  void push(U&& message) {
+    lane_.template push<T>(slots_, std::forward<U>(message));
+    published();
+  }
+
+  /// The one check after a publication: does the receiver sleep?
+  void published() noexcept {
+    const presence receiver = claim_ring(*peer_word_, barrier_);
+    if (receiver != presence::awake) [[unlikely]] end_->ring(receiver);
+  }
+
+  [[nodiscard]] std::span<T> free_span(std::size_t wanted) noexcept {
+    const std::uint64_t at = lane_.tail() & (lane_.capacity() - 1);
+    const std::uint64_t to_the_end = lane_.capacity() - at;
+    std::uint64_t room = lane_.known_room();
+    if (room < wanted) room = lane_.look();
+    const std::uint64_t n = std::min({static_cast<std::uint64_t>(wanted), room, to_the_end});
+    return {reinterpret_cast<T*>(slots_) + at, static_cast<std::size_t>(n)};
+  }
+
+  /// Publishes `n` messages that are in their slots.
+  void commit(std::size_t n) noexcept {
+    if (n == 1) {
+      // A message that is published alone must lie beside `tail`, too.
+      push(T{*(reinterpret_cast<const T*>(slots_) + (lane_.tail() & (lane_.capacity() - 1)))});
+      return;
+    }
+    lane_.publish(n);
+    published();
+  }
+
+  std::size_t push_many(std::span<const T> messages) noexcept {
+    const std::span<T> room = free_span(messages.size());
+    std::memcpy(static_cast<void*>(room.data()), messages.data(), room.size() * sizeof(T));
+    commit(room.size());
+    return room.size();
+  }
+
+  template <class U>
+  bool try_send(U&& message, std::error_code* error) {
+    // The budget is for those who could suspend.
+    if (lane_.known_room() == 0 ||
+        peer_word_->load(std::memory_order_relaxed) != static_cast<std::uint32_t>(presence::awake)) [[unlikely]] {
+      if (!look()) {
+        if (error != nullptr) error->clear();
+        return false;
+      }
+      news why = news::none;
+      if (fails(why)) {
+        report(why, error, name());
+        return false;
+      }
+    }
+    push(std::forward<U>(message));
+    if (error != nullptr) [[unlikely]] error->clear();
+    return true;
+  }
+
+  bool block(T message, std::error_code* error, std::optional<std::chrono::steady_clock::time_point> deadline) {
+    if (!look() && !end_->wait([this] { return look(); }, deadline)) {
+      if (error != nullptr) *error = std::make_error_code(std::errc::timed_out);
+      return false;
+    }
+    news why = news::none;
+    if (fails(why)) {
+      report(why, error, name());
+      return false;
+    }
+    push(std::move(message));
+    if (error != nullptr) error->clear();
+    return true;
+  }
+
+  [[nodiscard]] const std::string& name() const noexcept {
+    static const std::string closed_name{"a channel handle that was closed"};
+    return end_ ? end_->name() : closed_name;
+  }
+
+  lane_producer<> lane_;
+  native_slot<T>* slots_ = nullptr;
+  std::atomic<std::uint32_t>* peer_word_ = &closed_word;
+  store_load barrier_ = store_load::by_fence;
+  std::uint32_t until_turn_ = ready_budget;
+  news ending_ = news::none;
+  std::unique_ptr<endpoint> end_;
+};
+
+/// The receiving end of a channel. Used by one thread at a time; the destructor closes.
+///
+/// A stream that ended, every sender closed and everything taken, is not an error: it is the empty optional. Errors are
+/// `errc::peer_died`, once, when the sender's process died and everything that it committed was taken (the handle stays
+/// usable: the next operation waits for a replacement), and `errc::corrupt`.
+///
+/// Cancel safety, of every operation: a message leaves the lane only when the operation that asked for it goes on; one
+/// that is cancelled, timed out or destroyed while it waits has taken nothing.
+template <class T>
+class receiver {
+ public:
+  using value_type = T;
+
+  /// One message to be received.
+  class recv_operation : public operation_base<recv_operation> {
+   public:
+    recv_operation(receiver& from, std::error_code* error) noexcept
+        : operation_base<recv_operation>{error}, receiver_{&from} {}
+    using operation_base<recv_operation>::finish;
+    [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
+    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
+    std::optional<T> finish(news& why) {
+      if (receiver_->lane_.known() == 0) [[unlikely]] {
+        receiver_->take_ending(why);
+        return std::nullopt;
+      }
+      return receiver_->take();
+    }
+    [[nodiscard]] endpoint* end() const noexcept { return receiver_->end_.get(); }
+    [[nodiscard]] const std::string& end_name() const noexcept { return receiver_->name(); }
+
+   private:
+    receiver* receiver_;
+  };
+
+  /// Many messages to be received into a span.
+  class recv_many_operation : public operation_base<recv_many_operation> {
+   public:
+    recv_many_operation(receiver& from, std::span<T> into, std::error_code* error) noexcept
+        : operation_base<recv_many_operation>{error}, receiver_{&from}, into_{into} {}
+    using operation_base<recv_many_operation>::finish;
+    [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
+    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
+    std::size_t finish(news& why) {
+      std::size_t taken = 0;
+      while (taken < into_.size()) {
+        const std::span<const T> there = receiver_->span();
+        if (there.empty()) break;
+        const std::size_t n = std::min(there.size(), into_.size() - taken);
+        std::memcpy(static_cast<void*>(into_.data() + taken), there.data(), n * sizeof(T));
+        receiver_->lane_.skip(n);
+        taken += n;
+      }
+      if (taken == 0) {
+        receiver_->take_ending(why);
+      } else {
+        receiver_->released_if_due();
+      }
+      return taken;
+    }
+    [[nodiscard]] endpoint* end() const noexcept { return receiver_->end_.get(); }
+    [[nodiscard]] const std::string& end_name() const noexcept { return receiver_->name(); }
+
+   private:
+    receiver* receiver_;
+    std::span<T> into_;
+  };
+
+  /// Messages to be looked at where they lie.
+  class peek_operation : public operation_base<peek_operation> {
+   public:
+    peek_operation(receiver& from, std::error_code* error) noexcept
+        : operation_base<peek_operation>{error}, receiver_{&from} {}
+    using operation_base<peek_operation>::finish;
+    [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
+    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
+    std::span<const T> finish(news& why) {
+      if (receiver_->lane_.known() == 0) receiver_->take_ending(why);
+      return receiver_->span();
+    }
+    [[nodiscard]] endpoint* end() const noexcept { return receiver_->end_.get(); }
+    [[nodiscard]] const std::string& end_name() const noexcept { return receiver_->name(); }
+
+   private:
+    receiver* receiver_;
+  };
+
+  receiver() = default;
+  /// For `make_channel` and `open_receiver`.
+  explicit receiver(std::unique_ptr<endpoint> end) noexcept
+      : lane_{end->lane(), end->capacity()},
+        slots_{reinterpret_cast<native_slot<T>*>(end->slots())},
+        end_{std::move(end)} {}
+  receiver(receiver&& other) noexcept { *this = std::move(other); }
+  receiver& operator=(receiver&& other) noexcept {
+    if (this == &other) return *this;
+    if (end_ && lane_.release_pending()) lane_.publish_head();
+    lane_ = std::exchange(other.lane_, {});
+    slots_ = std::exchange(other.slots_, nullptr);
+    until_turn_ = other.until_turn_;
+    gather_ = other.gather_;
+    ending_ = std::exchange(other.ending_, news::none);
+    end_ = std::move(other.end_);
+    return *this;
+  }
+  ~receiver() { close(); }
+
+  /// Takes one message. To be awaited; yields `std::optional<T>`, empty at the end of the stream.
+  ///
+  /// Waits: in the hub while there is none. Allocates: never. Errors: as the class says, thrown or set. Complexity:
+  /// constant.
+  [[nodiscard]] awaitable_operation<recv_operation> recv() {
+    return awaitable_operation<recv_operation>{recv_operation{*this, nullptr}};
+  }
+  [[nodiscard]] awaitable_operation<recv_operation> recv(std::error_code& error) {
+    return awaitable_operation<recv_operation>{recv_operation{*this, &error}};
+  }
+
+  /// Takes as many messages as are there and fit. To be awaited; yields how many, 0 only at the end of the stream, on an
+  /// error, or for an empty span.
+  ///
+  /// Waits: in the hub while there is none. Allocates: never. Errors: as the class says. Complexity: linear.
+  [[nodiscard]] awaitable_operation<recv_many_operation> recv_many(std::span<T> into)
+    requires std::is_trivially_copyable_v<T>
+  {
+    return awaitable_operation<recv_many_operation>{recv_many_operation{*this, into, nullptr}};
+  }
+  [[nodiscard]] awaitable_operation<recv_many_operation> recv_many(std::span<T> into, std::error_code& error)
+    requires std::is_trivially_copyable_v<T>
+  {
+    return awaitable_operation<recv_many_operation>{recv_many_operation{*this, into, &error}};
+  }
+
+  /// Shows the messages that are there, where they lie, without taking them; `release` takes them. To be awaited; yields
+  /// a span, empty only at the end of the stream or on an error.
+  ///
+  /// Waits: in the hub while there is none. Allocates: never. Errors: as the class says. Complexity: constant.
+  [[nodiscard]] awaitable_operation<peek_operation> peek()
+    requires std::is_trivially_copyable_v<T>
+  {
+    return awaitable_operation<peek_operation>{peek_operation{*this, nullptr}};
+  }
+  [[nodiscard]] awaitable_operation<peek_operation> peek(std::error_code& error)
+    requires std::is_trivially_copyable_v<T>
+  {
+    return awaitable_operation<peek_operation>{peek_operation{*this, &error}};
+  }
+
+  /// Takes the first `n` of the messages that `peek` showed; their memory is the sender's again.
+  ///
+  /// Waits: never. Allocates: never. Errors: none; more than are there counts as all. Complexity: constant.
+  void release(std::size_t n) noexcept {
+    lane_.skip(std::min<std::uint64_t>(n, lane_.known()));
+    released_if_due();
+  }
+
+  /// Takes one message if there is one. Empty: there is none now, or the stream ended; `is_closed()` tells.
+  ///
+  /// Waits: never. Allocates: never. Errors: as the class says, thrown or set. Complexity: constant.
+  [[nodiscard]] std::optional<T> try_recv() { return try_recv(nullptr); }
+  [[nodiscard]] std::optional<T> try_recv(std::error_code& error) { return try_recv(&error); }
+
+  /// Takes one message, blocking the thread while there is none. Empty at the end of the stream.
+  ///
+  /// Waits: spins, then parks on the futex. Allocates: never. Errors: as the class says. Complexity: constant.
+  [[nodiscard]] std::optional<T> blocking_recv() { return block(nullptr, std::nullopt); }
+  [[nodiscard]] std::optional<T> blocking_recv(std::error_code& error) { return block(&error, std::nullopt); }
+  /// The same, until the deadline; when it passes, `std::errc::timed_out` is thrown or set.
+  [[nodiscard]] std::optional<T> blocking_recv_until(std::chrono::steady_clock::time_point deadline) {
+    return block(nullptr, deadline);
+  }
+  [[nodiscard]] std::optional<T> blocking_recv_until(std::chrono::steady_clock::time_point deadline,
+                                                     std::error_code& error) {
+    return block(&error, deadline);
+  }
+
+  /// Senders that wait for room are told at once. Messages not taken are lost, unless another receiver enters. Idempotent.
+  void close() noexcept {
+    if (end_) *this = receiver{};
+  }
+  /// Whether the sender closed and everything was taken, or this end closed.
+  [[nodiscard]] bool is_closed() const noexcept { return !end_ || (end_->peer_closed() && depth() == 0); }
+  /// Messages sent and not yet taken.
+  [[nodiscard]] std::size_t depth() const noexcept {
+    // acquire: pairs with the publication; whoever sees a depth may go and take.
+    return end_ ? static_cast<std::size_t>(end_->lane().tail.load(std::memory_order_acquire) - lane_.head()) : 0;
+  }
+  [[nodiscard]] std::size_t capacity() const noexcept { return static_cast<std::size_t>(lane_.capacity()); }
+
+ private:
+  [[nodiscard]] bool ready_now() noexcept {
+    if (lane_.known() != 0 && --until_turn_ != 0) [[likely]] return true;
+    if (until_turn_ == 0) {
+      until_turn_ = ready_budget;
+      return false;
+    }
+    return look(true);
+  }
+
+  /// Whether there is a message, or a reason to wait no longer. `gather`: nobody is harmed by a short pause.
+  [[gnu::noinline]] bool look(bool gather) noexcept {
+    if (lane_.known() != 0) return true;
+    if (!end_) {
+      ending_ = news::closed;
+      return true;
+    }
+    if (gather) gather_.before_look();
+    if (const std::uint64_t there = lane_.look(); there != 0) {
+      gather_.found(there);
+      return true;
+    }
+    if (lane_.corrupt()) return corrupt();
+    // The lane is empty: nobody needs the line with `head` now, and the sender may wait for it.
+    if (lane_.release_pending()) released();
+    const news heard = end_->look_at_peer(lane_.head());
+    if (heard == news::none) return false;
+    // The peer published before it left; look_at_peer acquired that.
+    if (heard != news::corrupt && lane_.look() != 0) return true;
+    if (lane_.corrupt()) return corrupt();
+    ending_ = heard;
+    return true;
+  }
+
+  bool corrupt() noexcept {
+    end_->poison();
+    ending_ = news::corrupt;
+    return true;
+  }
+
+  /// Why there is no message. The end of the stream is no error.
+  void take_ending(news& why) noexcept {
+    why = std::exchange(ending_, news::none);
+    if (why == news::died) end_->death_reported();
+    if (why == news::closed) why = news::none;
+  }
+
+  [[nodiscard]] T take() {
+    struct release_after {
+      receiver& self;
+      ~release_after() { self.released_if_due(); }
+    } guard{*this};
+    return lane_.template take<T>(slots_);
+  }
+
+  void released_if_due() noexcept {
+    if (lane_.release_due()) [[unlikely]] released();
+  }
+
+  /// Gives the slots of everything taken back, and wakes a sender that waits for room.
+  void released() noexcept {
+    lane_.publish_head();
+    const presence sender = claim_ring(end_->peer_word(), end_->barrier());
+    if (sender != presence::awake) [[unlikely]] end_->ring(sender);
+  }
+
+  /// The known messages up to where the lane wraps.
+  [[nodiscard]] std::span<const T> span() const noexcept {
+    const std::uint64_t at = lane_.head() & (lane_.capacity() - 1);
+    return {reinterpret_cast<const T*>(slots_) + at,
+            static_cast<std::size_t>(std::min(lane_.known(), lane_.capacity() - at))};
+  }
+
+  std::optional<T> try_recv(std::error_code* error) {
+    if (lane_.known() == 0 && !look(false)) {
+      if (error != nullptr) error->clear();
+      return std::nullopt;
+    }
+    return finish(error);
+  }
+
+  std::optional<T> block(std::error_code* error, std::optional<std::chrono::steady_clock::time_point> deadline) {
+    if (!look(true) && !end_->wait([this] { return look(true); }, deadline)) {
+      const std::error_code late = std::make_error_code(std::errc::timed_out);
+      if (error == nullptr) throw std::system_error{late, name()};
+      *error = late;
+      return std::nullopt;
+    }
+    return finish(error);
+  }
+
+  std::optional<T> finish(std::error_code* error) {
+    news why = news::none;
+    if (lane_.known() != 0) {
+      if (error != nullptr) [[unlikely]] error->clear();
+      return take();
+    }
+    take_ending(why);
+    if (why != news::none || error != nullptr) report(why, error, name());
+    return std::nullopt;
+  }
+
+  [[nodiscard]] const std::string& name() const noexcept {
+    static const std::string closed_name{"a channel handle that was closed"};
+    return end_ ? end_->name() : closed_name;
+  }
+
+  lane_consumer<> lane_;
+  native_slot<T>* slots_ = nullptr;
+  std::uint32_t until_turn_ = ready_budget;
+  gather_pause gather_;
+  news ending_ = news::none;
+  std::unique_ptr<endpoint> end_;
+};
+
+/// Makes a channel inside this process. Any movable type may be sent.
+///
+/// Waits: never. Allocates: `capacity` slots. Errors: `bad_capacity`, `no_space`. Complexity: touching the memory.
+template <class T>
+[[nodiscard]] std::pair<sender<T>, receiver<T>> make_channel(const channel_options& options = {}) {
+  static_assert(std::is_move_constructible_v<T>, "a message must be movable");
+  endpoint::destroy_messages destroy = nullptr;
+  if constexpr (!std::is_trivially_destructible_v<T>) {
+    destroy = [](std::byte* slots, std::uint64_t mask, std::uint64_t head, std::uint64_t tail) noexcept {
+      auto* messages = reinterpret_cast<native_slot<T>*>(slots);
+      for (; head != tail; ++head) (void)messages[head & mask].take();
+    };
+  }
+  auto [sending, receiving] = endpoint::make_private(shape_of<T>, options, destroy);
+  return {sender<T>{std::move(sending)}, receiver<T>{std::move(receiving)}};
+}
+
+/// Opens the sending end of a named channel, creating the channel when it is not there.
+///
+/// Waits: parks while another end enters or leaves. Allocates: the segment. Errors: see `endpoint::open`. Complexity:
+/// system calls.
+template <class T>
+[[nodiscard]] sender<T> open_sender(std::string_view name, const channel_options& options = {}) {
+  static_assert(std::is_trivially_copyable_v<T>,
+                "a message crosses processes as bytes: its type must be trivially copyable (no pointers into this "
+                "process, no strings, no virtual functions)");
+  return sender<T>{endpoint::open(role::sender, name, shape_of<T>, options)};
+}
+
+/// Opens the receiving end of a named channel, creating the channel when it is not there.
+///
+/// Waits: parks while another end enters or leaves. Allocates: the segment. Errors: see `endpoint::open`. Complexity:
+/// system calls.
+template <class T>
+[[nodiscard]] receiver<T> open_receiver(std::string_view name, const channel_options& options = {}) {
+  static_assert(std::is_trivially_copyable_v<T>,
+                "a message crosses processes as bytes: its type must be trivially copyable (no pointers into this "
+                "process, no strings, no virtual functions)");
+  return receiver<T>{endpoint::open(role::receiver, name, shape_of<T>, options)};
+}
+
+}  // namespace strait
