@@ -1,10 +1,9 @@
-// The engine: owns the data, and is a coroutine on strait's runtime. It knows neither clients nor sockets.
+// The engine: owns the data, and is one coroutine on strait's runtime. It knows neither clients nor sockets.
 
 #include <fmt/format.h>
 
 #include <csignal>
 #include <cstdio>
-#include <exception>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,6 +13,7 @@
 #include "roles.hpp"
 #include "store.hpp"
 
+// Imports come after all other includes.
 #include "channels.hpp"
 
 import strait;
@@ -21,12 +21,13 @@ import strait;
 namespace kv {
 namespace {
 
-/// The whole engine: one request after the other, in the order in which the gateway sent them.
-strait::task<> serve(strait::receiver<slot>& requests, strait::sender<slot>& replies) {
+/// Executes one request after the other, in the order in which the gateway sent them. Ends when the gateway has closed
+/// its end and all is answered; throws when the gateway died.
+strait::task<> serve(strait::receiver<slot> requests, strait::sender<slot> replies) {
   store data;
   assembler incoming;
   std::vector<slot> outgoing;
-  while (auto slot = co_await requests.recv()) {
+  while (const auto slot = co_await requests.recv()) {
     const auto request = incoming.add(*slot);
     if (!request) continue;
     outgoing.clear();
@@ -35,21 +36,11 @@ strait::task<> serve(strait::receiver<slot>& requests, strait::sender<slot>& rep
   }
 }
 
-/// Serves until the gateway has closed its end. A task has nobody to throw at, so it leaves its verdict in `status`.
-strait::task<> engine(strait::receiver<slot> requests, strait::sender<slot> replies, int& status) {
-  try {
-    co_await serve(requests, replies);
-    status = 0;
-  } catch (const std::exception& error) {
-    fmt::print(stderr, "kv-server engine: {}\n", error.what());
-  }
-}
-
 }  // namespace
 
 int run_engine(const std::string& pair) {
-  // A terminal and a service manager signal both processes. The gateway answers what it has taken and then closes the
-  // channel, which is how the engine is told to stop.
+  // A terminal and a service manager signal both processes. The gateway is the one to act on it: it closes the channel,
+  // and that is how the engine is told to stop.
   std::signal(SIGINT, SIG_IGN);
   std::signal(SIGTERM, SIG_IGN);
 
@@ -58,11 +49,10 @@ int run_engine(const std::string& pair) {
   fmt::print("ready\n");
   std::fflush(stdout);
 
-  int status = 1;
   strait::runtime runtime;
-  runtime.spawn(engine(std::move(requests), std::move(replies), status));
+  runtime.spawn(serve(std::move(requests), std::move(replies)));
   runtime.join();
-  return status;
+  return 0;
 }
 
 }  // namespace kv
