@@ -72,11 +72,12 @@ start_server() {
 }
 
 is_over() { ! kill -0 "$1" 2>/dev/null; }
+is_stopped() { ! grep -h ^State "/proc/$1"/task/*/status | grep -qv T; }
 nothing_left() { ! compgen -G "/dev/shm/*strait-kv.$port.*" >/dev/null; }
 
 server_ends() {  # WHEN EXPECTED_STATUS: waits for both processes and looks behind them
   eventually is_over "$server" || give_up "the gateway is still there after $1"
-  { wait "$server"; } 2>/dev/null  # without the shell's remark about a kill
+  wait "$server"
   expect "status of the gateway after $1" "$2" $?
   eventually is_over "$engine" || give_up "the engine is still there after $1"
   eventually nothing_left || fail "left in /dev/shm after $1: $(ls /dev/shm)"
@@ -94,7 +95,7 @@ check() {  # EXPECTED COMMAND...: what redis-cli would show a person
 }
 
 talk() {  # BYTES (for printf): sends them raw, and shows all that comes back until the server hangs up
-  timeout $patience bash -c 'exec 3<>"/dev/tcp/127.0.0.1/$0" && printf "$1" >&3 && cat <&3' "$port" "$1" | tr -d '\r'
+  timeout $patience bash -c 'exec 3<>"/dev/tcp/127.0.0.1/$0" && printf "$1" >&3 && cat <&3' "$port" "$1" 2>/dev/null | tr -d '\r'
 }
 
 hang_up_after() {  # BYTES (for printf): sends them raw and is gone
@@ -219,12 +220,13 @@ server_ends SIGINT 0
 step 'kill -9 of the engine'
 start_server
 kill -STOP "$engine"
+eventually is_stopped "$engine" || give_up 'the engine does not stop'
 exec 4<>"/dev/tcp/127.0.0.1/$port"
 printf 'GET k\r\nGET k\r\n' >&4
 # The gateway answers this by itself, and by then it has taken what was sent before.
 expect 'rubbish without an engine' '-ERR Protocol error: invalid multibulk length' "$(talk '*x\r\n')"
 kill -9 "$engine"
-expect 'requests without an engine' $'-ERR engine is gone\n-ERR engine is gone' "$(timeout $patience cat <&4 | tr -d '\r')"
+expect 'requests without an engine' $'-ERR engine is gone\n-ERR engine is gone' "$(timeout $patience cat <&4 2>/dev/null | tr -d '\r')"
 exec 4>&-
 server_ends 'kill -9 of the engine' 1
 expect_match 'what the gateway says' '*the engine is gone*' "$(cat "$scratch/err")"
@@ -232,7 +234,7 @@ expect_match 'what the gateway says' '*the engine is gone*' "$(cat "$scratch/err
 step 'kill -9 of the gateway'
 start_server
 kill -9 "$server"
-server_ends 'kill -9 of the gateway' 137
+server_ends 'kill -9 of the gateway' 137 2>/dev/null  # where the shell remarks that it was killed
 
 step 'kv-demo'
 timeout 300 "$demo_program" || fail 'kv-demo'
