@@ -124,7 +124,11 @@ void demonstrate() {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  if (argc > 1) {
+    fmt::print(stderr, "kv-demo: expected no arguments, found '{}'\n", argv[1]);
+    return 2;
+  }
   try {
     demonstrate();
     return 0;

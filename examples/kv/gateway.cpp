@@ -96,12 +96,14 @@ asio::awaitable<void> gateway::run(const child& engine) {
     signals_.cancel();
     co_return;
   }
+  if (!stopping_) {
+    fmt::print("kv-server: listening on 127.0.0.1:{}, engine is process {}\n", acceptor_.local_endpoint().port(),
+               engine.id());
+    std::fflush(stdout);
+  }
   spawn(send_requests());
   spawn(receive_replies());
   spawn(accept_clients());
-  fmt::print("kv-server: listening on 127.0.0.1:{}, engine is process {}\n", acceptor_.local_endpoint().port(),
-             engine.id());
-  std::fflush(stdout);
 }
 
 asio::awaitable<void> gateway::wait_for_signal() {

@@ -50,8 +50,9 @@ asio::awaitable<void> session::write_replies() {
     const bool all_said = finished_ && answered_ == asked_;
     if (all_said) output_ += std::exchange(last_words_, {});
     if (!output_.empty()) {
-      const auto sending = std::exchange(output_, {});
-      co_await asio::async_write(socket_, asio::buffer(sending), asio::use_awaitable);
+      sending_ = std::exchange(output_, {});
+      co_await asio::async_write(socket_, asio::buffer(sending_), asio::use_awaitable);
+      sending_ = {};
       room_.notify();
     } else if (all_said) {
       co_return;

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "event.hpp"
 #include "request_queue.hpp"
@@ -48,7 +49,7 @@ class session {
   static constexpr std::size_t max_unsent = 1024 * 1024;  // bytes of replies
 
   asio::awaitable<void> pass_on(const resp::command& request);
-  bool has_room() const { return asked_ - answered_ < window && output_.size() < max_unsent; }
+  bool has_room() const { return asked_ - answered_ < window && output_.size() + sending_.size() < max_unsent; }
 
   const std::uint64_t id_;
   asio::ip::tcp::socket socket_;
@@ -57,6 +58,7 @@ class session {
   std::uint64_t asked_ = 0;     ///< requests passed on
   std::uint64_t answered_ = 0;  ///< replies delivered
   std::string output_;          ///< replies to be sent
+  std::string sending_;         ///< replies that are being sent
   std::string last_words_;      ///< to be sent when all that was asked is answered
   bool finished_ = false;
   event output_ready_;  ///< there is output, or the session has finished
