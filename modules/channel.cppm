@@ -336,7 +336,7 @@ class sender {
     }
     [[nodiscard]] bool look(bool) noexcept { return go_on(); }
     std::size_t finish(news& why) {
-      if (!messages_.empty()) sender_->fails(why);
+      if (!messages_.empty()) (void)sender_->fails(why);  // `why` tells
       return sent_;
     }
     /// When the wait was cancelled: what was sent before stays sent.
