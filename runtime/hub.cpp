@@ -239,11 +239,14 @@ class asio_hub final : public asio::execution_context::service, public hub {
     }
   }
 
-  /// Looks at every waiter once and completes those that are ready. Returns how many were.
+  /// Looks at one waiter after the other and completes those that are ready; returns how many were. Ends at the end of
+  /// the list or after so many completions that the clock must be looked at: a coroutine that waits again joins the end
+  /// of the list, so two that are always ready would keep a pass going for ever. The next pass goes on where this ended.
   int pass() {
     int completed = 0;
     const bool alone = waiters_.single();
-    for (cursor_ = waiters_.first(); cursor_ != nullptr;) {
+    if (cursor_ == nullptr) cursor_ = waiters_.first();
+    while (cursor_ != nullptr && completed < completions_between_clocks) {
       hub_waiter& waiter = *cursor_;
       cursor_ = waiter.next;
       if (!waiter.ready(waiter, alone)) continue;
@@ -405,7 +408,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   std::mutex mutex_;
   intrusive_list<hub_waiter> waiters_;
-  /// The next that the pass under way looks at.
+  /// The next that a pass looks at; null: the first.
   hub_waiter* cursor_ = nullptr;
   spin_budget spin_;
   std::int64_t longest_spin_ = 0;
