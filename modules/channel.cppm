@@ -435,15 +435,15 @@ class sender {
 
   /// Room and an awake receiver: one load, two compares.
   [[nodiscard]] bool ready_now() noexcept {
-    // relaxed: `closed` only has to be seen soon; what a parked receiver needs is in claim_ring.
-    if (lane_.known_room() != 0 &&
-        peer_word_->load(std::memory_order_relaxed) == static_cast<std::uint32_t>(presence::awake) &&
-        --until_turn_ != 0) [[likely]] {
-      return true;
-    }
-    if (until_turn_ == 0) {
+    // Whatever comes of it: room that is found slot by slot keeps others from their turn as well.
+    if (--until_turn_ == 0) [[unlikely]] {
       until_turn_ = ready_budget;
       return false;
+    }
+    // relaxed: `closed` only has to be seen soon; what a parked receiver needs is in claim_ring.
+    if (lane_.known_room() != 0 &&
+        peer_word_->load(std::memory_order_relaxed) == static_cast<std::uint32_t>(presence::awake)) [[likely]] {
+      return true;
     }
     return look();
   }
@@ -748,11 +748,12 @@ class receiver {
 
  private:
   [[nodiscard]] bool ready_now() noexcept {
-    if (lane_.known() != 0 && --until_turn_ != 0) [[likely]] return true;
-    if (until_turn_ == 0) {
+    // Whatever comes of it: messages that are found one by one keep others from their turn as well.
+    if (--until_turn_ == 0) [[unlikely]] {
       until_turn_ = ready_budget;
       return false;
     }
+    if (lane_.known() != 0) [[likely]] return true;
     return look(true);
   }
 
