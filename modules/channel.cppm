@@ -112,7 +112,7 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
   [[nodiscard]] bool await_ready() noexcept { return operation_.ready_now(); }
 
   template <class Promise>
-  void await_suspend(std::coroutine_handle<Promise> awaiting) {
+  bool await_suspend(std::coroutine_handle<Promise> awaiting) {
     if constexpr (strait::asio_promise<Promise>) {
       strait::asio_suspension<Operation, Executor>::suspend(*this, awaiting);
     } else {
@@ -122,6 +122,8 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
       }
       if (hub == nullptr) hub = strait::hub::current();
       if (hub == nullptr) {
+        // Perhaps only its turn was over, and there is nobody to give it to.
+        if (operation_.look(true)) return false;
         strait::fail(strait::errc::no_hub,
                      "a coroutine has to wait: expected a strait::task, an asio::awaitable or a thread of "
                      "strait::runtime, found none of them");
@@ -145,6 +147,7 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
       // From here on another thread may resume us: nothing of this object is touched after.
       hub->wait(*waiting);
     }
+    return true;
   }
 
   decltype(auto) await_resume() {
