@@ -102,13 +102,16 @@ class asio_hub final : public asio::execution_context::service, public hub {
   }
 
   void withdraw(hub_waiter& waiter) noexcept override {
+    const auto lock = lock_unless_turning();
     if (waiter.owner != this) return;
-    std::unique_lock<std::mutex> lock;
-    if (turning_hub != this) lock = std::unique_lock{mutex_};
     absorb_inbox();
     remove(waiter);
+    if (!announced_ || waiter.end == nullptr) return;
     // The ringer, if there was one, rang for the end, not for this waiter: the next that waits for it looks first.
-    if (announced_ && waiter.end != nullptr) waiter.end->hub_awake();
+    waiter.end->hub_awake();
+    // Nobody rings a parked hub for this end any more. That concerns whoever else waits for it; and when nobody waits,
+    // the doorbell's handler must not keep the context's run() from returning. The turn sees to both.
+    if ((waiters_.empty() || waits_for(*waiter.end)) && make_resident()) post_turn();
   }
 
   void share(bool shared) noexcept override {
@@ -162,6 +165,18 @@ class asio_hub final : public asio::execution_context::service, public hub {
       longest_spin_ = longest;
       spin_ = spin_budget{wait_policy::adaptive, std::min<std::int64_t>(longest, 10'000), longest};
     }
+  }
+
+  /// For what may be called from within a turn, which holds the mutex, and from outside of it.
+  [[nodiscard]] std::unique_lock<std::mutex> lock_unless_turning() {
+    return turning_hub == this ? std::unique_lock<std::mutex>{} : std::unique_lock{mutex_};
+  }
+
+  [[nodiscard]] bool waits_for(const endpoint& end) const noexcept {
+    for (const hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) {
+      if (waiter->end == &end) return true;
+    }
+    return false;
   }
 
   void remove(hub_waiter& waiter) noexcept {
@@ -390,7 +405,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
   /// The doorbell is readable.
   void rung(const std::error_code& error, std::uint64_t arming) {
     {
-      const std::lock_guard lock{mutex_};
+      // A handler that is called in a turn may run the context in turn, and so come here.
+      const auto lock = lock_unless_turning();
       if (arming != arming_) return;
       armed_ = false;
       if (error) return;
