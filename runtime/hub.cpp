@@ -1,10 +1,12 @@
 module;
 #include <asio/any_io_executor.hpp>
 #include <asio/error.hpp>
+#include <asio/execution.hpp>
 #include <asio/execution_context.hpp>
 #include <asio/io_context.hpp>
 #include <asio/posix/stream_descriptor.hpp>
 #include <asio/post.hpp>
+#include <asio/prefer.hpp>
 #include <asio/strand.hpp>
 
 #include <algorithm>
@@ -84,7 +86,10 @@ class asio_hub final : public asio::execution_context::service, public hub {
   /// The first executor that asks decides where turns run.
   void use(const asio::any_io_executor& executor) {
     // Not under mutex_: a coroutine that is resumed by the turn may ask.
-    std::call_once(used_, [&] { executor_ = without_strand(executor); });
+    // Untracked: what the hub holds for good must not count as work that the context's run() waits for.
+    std::call_once(used_, [&] {
+      executor_ = asio::prefer(without_strand(executor), asio::execution::outstanding_work.untracked);
+    });
   }
 
   void wait(hub_waiter& waiter) noexcept override {
