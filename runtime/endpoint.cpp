@@ -284,6 +284,8 @@ void endpoint::close() noexcept {
   // In a forked child the ends are the parent's; an end that never entered has nothing to leave.
   if (segment_.map.data() == nullptr || !entered_ || fork_generation_ != fork_generation()) return;
   unwatch_process(*this);
+  // A hub that was destroyed while it was parked leaves its announcement, and the relay watches for its end.
+  if (relay_) take_back(own_word());
   relay_.reset();
   segment_.locks.lock(gate_byte);
   // release: as above.

@@ -139,7 +139,12 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
  private:
   /// The context ends: nothing is resumed any more, everything is freed.
+  ///
+  /// No end is touched: in an Asio program the handles often go before the context. An end whose word still says
+  /// `hub_parked` is rung in vain, because the doorbell's number is never used again.
   void shutdown() override {
+    ended_ = true;
+    announced_ = false;
     for (;;) {
       hub_root* root = nullptr;
       {
@@ -153,8 +158,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
     absorb_inbox();
     while (hub_waiter* waiter = waiters_.first()) {
       remove(*waiter);
-      if (announced_ && waiter->end != nullptr) waiter->end->hub_awake();
       if (waiter->abandon != nullptr) waiter->abandon(*waiter);
+      absorb_inbox();  // what a destructor began
     }
     if (bell_wait_) {
       bell_wait_->release();  // the descriptor is the doorbell's
@@ -164,7 +169,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   void append(hub_waiter& waiter) noexcept {
     waiters_.push_back(waiter);
-    if (waiter.end == nullptr) return;
+    if (waiter.end == nullptr || ended_) return;
     const std::int64_t longest = waiter.end->longest_spin();
     if (longest > longest_spin_) {
       longest_spin_ = longest;
@@ -433,6 +438,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
   hub_waiter* cursor_ = nullptr;
   spin_budget spin_;
   std::int64_t longest_spin_ = 0;
+  /// Whether the context is being destroyed.
+  bool ended_ = false;
   /// Whether our doorbell stands in the words of those who wait.
   bool announced_ = false;
   std::int64_t parked_at_ = 0;
