@@ -148,18 +148,18 @@ class endpoint final : private process_watcher {
   endpoint(const endpoint&) = delete;
   endpoint& operator=(const endpoint&) = delete;
 
-  [[nodiscard]] lane_control<>& lane() const noexcept { return header_->lane; }
-  [[nodiscard]] std::byte* slots() const noexcept {
+  [[nodiscard]] inline lane_control<>& lane() const noexcept { return header_->lane; }
+  [[nodiscard]] inline std::byte* slots() const noexcept {
     return reinterpret_cast<std::byte*>(header_) + slots_offset_;
   }
-  [[nodiscard]] std::uint64_t capacity() const noexcept { return capacity_; }
-  [[nodiscard]] store_load barrier() const noexcept { return barrier_; }
-  [[nodiscard]] std::atomic<std::uint32_t>& own_word() const noexcept { return own().presence; }
-  [[nodiscard]] std::atomic<std::uint32_t>& peer_word() const noexcept { return peer().presence; }
-  [[nodiscard]] wait_policy policy() const noexcept { return policy_; }
-  [[nodiscard]] std::int64_t longest_spin() const noexcept { return longest_spin_; }
+  [[nodiscard]] inline std::uint64_t capacity() const noexcept { return capacity_; }
+  [[nodiscard]] inline store_load barrier() const noexcept { return barrier_; }
+  [[nodiscard]] inline std::atomic<std::uint32_t>& own_word() const noexcept { return own().presence; }
+  [[nodiscard]] inline std::atomic<std::uint32_t>& peer_word() const noexcept { return peer().presence; }
+  [[nodiscard]] inline wait_policy policy() const noexcept { return policy_; }
+  [[nodiscard]] inline std::int64_t longest_spin() const noexcept { return longest_spin_; }
   /// For error messages: `posix:orders`.
-  [[nodiscard]] const std::string& name() const noexcept { return text_; }
+  [[nodiscard]] inline const std::string& name() const noexcept { return text_; }
 
   /// Rings the peer, whose announcement the caller took back with `claim_ring`.
   void ring(presence parked) noexcept;
@@ -188,7 +188,7 @@ class endpoint final : private process_watcher {
   }
 
   /// The death that `look_at_peer` told of was reported to the user.
-  void death_reported() noexcept {
+  inline void death_reported() noexcept {
     // acquire: as in look_at_peer.
     deaths_seen_ = peer().deaths.load(std::memory_order_acquire);
   }
@@ -197,7 +197,7 @@ class endpoint final : private process_watcher {
   void poison() noexcept;
 
   /// Whether the peer closed, or the channel is poisoned.
-  [[nodiscard]] bool peer_closed() const noexcept {
+  [[nodiscard]] inline bool peer_closed() const noexcept {
     // acquire: the caller may go on to look at the lane for what came before.
     return static_cast<presence>(peer().presence.load(std::memory_order_acquire)) == presence::closed ||
            header_->poisoned.load(std::memory_order_acquire) != 0;
@@ -216,15 +216,15 @@ class endpoint final : private process_watcher {
   /// The last look found nothing and the hub is about to sleep.
   void hub_sleeps() noexcept;
   /// The hub is awake.
-  void hub_awake() noexcept { take_back(own_word()); }
+  inline void hub_awake() noexcept { take_back(own_word()); }
 
  private:
   /// What both ends of a private channel share.
   struct private_channel;
 
   endpoint() = default;
-  [[nodiscard]] end_entry& own() const noexcept { return header_->ends[static_cast<std::size_t>(role_)]; }
-  [[nodiscard]] end_entry& peer() const noexcept { return header_->ends[static_cast<std::size_t>(other(role_))]; }
+  [[nodiscard]] inline end_entry& own() const noexcept { return header_->ends[static_cast<std::size_t>(role_)]; }
+  [[nodiscard]] inline end_entry& peer() const noexcept { return header_->ends[static_cast<std::size_t>(other(role_))]; }
   void adopt(segment_header& header, role mine, const channel_options& options) noexcept;
   void enter();
   void watch_peer() noexcept;

@@ -70,7 +70,7 @@ void heavy_barrier(store_load kind) noexcept;
 
 /// The production policy: std::atomic, and the barriers of the kernel.
 struct native_waiting : native_atomics {
-  static void light_barrier(store_load kind) noexcept {
+  static inline void light_barrier(store_load kind) noexcept {
 #if defined(__SANITIZE_THREAD__) || (defined(__has_feature) && __has_feature(thread_sanitizer))
     // ThreadSanitizer models no fences and knows nothing of membarrier: a read-modify-write is its full barrier.
     static std::atomic<std::uint32_t> order{0};
@@ -86,7 +86,7 @@ struct native_waiting : native_atomics {
     }
 #endif
   }
-  static void heavy_barrier(store_load kind) noexcept { strait::heavy_barrier(kind); }
+  static inline void heavy_barrier(store_load kind) noexcept { strait::heavy_barrier(kind); }
 };
 
 /// The owner says that it is about to sleep. Then: heavy_barrier, look once more, and only then sleep.
@@ -107,7 +107,8 @@ inline bool take_back(Word& word) noexcept {
 
 /// The waiter's half of the protocol, up to the sleep: announce, make it visible, look once more. True: the caller may
 /// sleep on whatever `parked` names, and must `take_back` when it wakes. False: there was something, and the
-/// announcement was taken back.
+/// announcement was taken back; a sender may have rung meanwhile, and only us. So a waiter that gives up after false,
+/// because it was cancelled, passes the wake on as one that was rung.
 ///
 /// A hub that waits for many ends announces in each of their words, pays one barrier, and looks at each: the same three
 /// steps in the same order.
@@ -193,8 +194,8 @@ class doorbell {
   doorbell& operator=(const doorbell&) = delete;
 
   /// The number under which this process's sentry and senders find it; never used twice in a process.
-  [[nodiscard]] std::uint64_t number() const noexcept { return number_; }
-  [[nodiscard]] int descriptor() const noexcept { return descriptor_; }
+  [[nodiscard]] inline std::uint64_t number() const noexcept { return number_; }
+  [[nodiscard]] inline int descriptor() const noexcept { return descriptor_; }
 
   /// Empties the eventfd and resets the latch; the lanes are looked at after this, never before.
   void drain() noexcept;
@@ -316,7 +317,7 @@ enum class wait_policy : std::uint32_t {
 class spin_budget {
  public:
   spin_budget() = default;
-  spin_budget(wait_policy policy, std::int64_t first, std::int64_t longest) noexcept
+  inline spin_budget(wait_policy policy, std::int64_t first, std::int64_t longest) noexcept
       : policy_{policy}, budget_{first}, longest_{longest} {
     if (policy == wait_policy::park || (policy == wait_policy::adaptive && usable_cpu_count() == 1)) {
       budget_ = 0;
@@ -325,14 +326,14 @@ class spin_budget {
   }
 
   /// How long to spin now, in nanoseconds.
-  [[nodiscard]] std::int64_t length() const noexcept { return policy_ == wait_policy::busy ? longest_ : budget_; }
+  [[nodiscard]] inline std::int64_t length() const noexcept { return policy_ == wait_policy::busy ? longest_ : budget_; }
 
-  void answered() noexcept { grow(); }
-  void in_vain() noexcept { budget_ = budget_ / 2 < shortest ? 0 : budget_ / 2; }
+  inline void answered() noexcept { grow(); }
+  inline void in_vain() noexcept { budget_ = budget_ / 2 < shortest ? 0 : budget_ / 2; }
   /// We lost our CPU while spinning.
-  void preempted() noexcept { budget_ = 0; }
+  inline void preempted() noexcept { budget_ = 0; }
   /// A park ended after `slept` nanoseconds.
-  void parked_for(std::int64_t slept) noexcept {
+  inline void parked_for(std::int64_t slept) noexcept {
     if (slept < 2 * longest_) grow();
   }
 
@@ -341,7 +342,7 @@ class spin_budget {
 
  private:
   static constexpr std::int64_t shortest = 250;
-  void grow() noexcept {
+  inline void grow() noexcept {
     const std::int64_t next = budget_ == 0 ? 4 * shortest : 2 * budget_;
     budget_ = next < longest_ ? next : longest_;
   }
@@ -360,11 +361,11 @@ class spin_budget {
 class gather_pause {
  public:
   /// Before a look at a lane that has just run empty.
-  void before_look() const noexcept {
+  inline void before_look() const noexcept {
     for (std::uint32_t i = 0; i < pauses_; ++i) cpu_relax();
   }
   /// After a look that found `messages` > 0.
-  void found(std::uint64_t messages) noexcept {
+  inline void found(std::uint64_t messages) noexcept {
     if (messages < 2) {
       pauses_ = 0;
     } else if (pauses_ < longest) {

@@ -1,0 +1,53 @@
+// What is measured, and the rounds in which it is.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "conductor.hpp"
+#include "measure.hpp"
+#include "subject.hpp"
+
+namespace bench {
+
+struct bench_case {
+  std::string_view name;
+  job task;
+  std::string_view unit;
+  /// Whether more is better.
+  bool rate;
+  std::vector<std::string_view> subjects;
+};
+
+[[nodiscard]] std::span<const bench_case> cases();
+
+struct plan {
+  unsigned rounds = 9;
+  bool quick = false;
+  plant fault = plant::none;
+  /// Only subjects whose names begin with one of these; all when there are none.
+  std::vector<std::string> subject_prefixes;
+  [[nodiscard]] bool wants(std::string_view subject) const {
+    return subject_prefixes.empty() ||
+           std::any_of(subject_prefixes.begin(), subject_prefixes.end(),
+                       [&](const std::string& prefix) { return subject.starts_with(prefix); });
+  }
+};
+
+/// Told before each round: which round (0 while the sizes of the rounds are found), of which subject.
+using progress = std::function<void(unsigned round, std::string_view subject)>;
+
+/// Runs all subjects of a case in interleaved rounds: each subject once, then each once again. A noisy neighbour so
+/// hits all alike. Throws on a broken message, a dead or hung end, or an interruption.
+[[nodiscard]] std::vector<row> run_case(conductor& by, const bench_case& what, const plan& how, const progress& tell);
+
+/// How long a bare cache line takes to the other end and back, in ns: the best of a few short rounds. A virtual machine
+/// says "same L3" of CPUs that its host moves about; this tells where they are.
+[[nodiscard]] double line_ns(conductor& by);
+
+}  // namespace bench

@@ -1,0 +1,155 @@
+#include "report.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <string_view>
+
+#include <fmt/format.h>
+
+namespace bench {
+namespace {
+
+std::string number(std::optional<double> value, std::string_view unit) {
+  if (!value) return "-";
+  if (unit == "messages/s") {
+    if (*value >= 1e9) return fmt::format("{:.2f} G/s", *value / 1e9);
+    if (*value >= 1e6) return fmt::format("{:.2f} M/s", *value / 1e6);
+    return fmt::format("{:.1f} k/s", *value / 1e3);
+  }
+  if (unit == "ns" || unit == "us") return fmt::format("{:.1f} {}", *value, unit);
+  return fmt::format("{:.0f}", *value);
+}
+
+std::string quoted(std::string_view text) {
+  std::string out = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') {
+      out += '\\';
+      out += c;
+    } else if (static_cast<unsigned char>(c) < 0x20) {
+      out += fmt::format("\\u{:04x}", static_cast<unsigned>(c));
+    } else {
+      out += c;
+    }
+  }
+  return out + '"';
+}
+
+std::string json_number(std::optional<double> value) {
+  return value && std::isfinite(*value) ? fmt::format("{}", *value) : "null";
+}
+
+const row* find(std::span<const row> rows, std::string_view kase, std::string_view subject) {
+  const auto found = std::find_if(rows.begin(), rows.end(),
+                                  [&](const row& one) { return one.kase == kase && one.subject == subject; });
+  return found == rows.end() ? nullptr : &*found;
+}
+
+struct promise {
+  std::string_view kase;
+  std::string_view other_case;
+  std::string_view other;
+  /// The ratio is strait's over the other's (rates, times) or, `inverted`, the other's over strait's.
+  bool inverted;
+  bool at_least;
+  double target;
+  std::string_view words;
+};
+
+constexpr promise all_promises[] = {
+    {"stream/8B/single", "stream/8B/single", "textbook-ring", false, true, 2.0, "one by one, strait / textbook-ring"},
+    {"stream/8B/single", "stream/8B/single", "tuned-ring", false, true, 0.7, "one by one, strait / tuned-ring"},
+    {"stream/8B/batch", "stream/8B/single", "textbook-ring", false, true, 5.0,
+     "in batches, strait / textbook-ring one by one"},
+    {"rtt/8B/spin", "rtt/8B/spin", "raw-line", false, false, 1.5, "round trip spinning, strait / raw-line"},
+    {"rtt/8B/parked", "rtt/8B/parked", "raw-eventfd", false, false, 1.3, "round trip parked, strait / raw-eventfd"},
+    {"asio/ready-await", "asio/ready-await", "asio-concurrent-channel", true, true, 8.0,
+     "ready await, asio-concurrent-channel / strait"},
+};
+
+}  // namespace
+
+std::string table(std::span<const row> rows) {
+  if (rows.empty()) return {};
+  const bool samples = std::any_of(rows.begin(), rows.end(), [](const row& one) { return one.p50.has_value(); });
+  std::vector<std::vector<std::string>> cells;
+  std::vector<std::string> heading{rows[0].kase, "median", "min", "max"};
+  if (samples) heading.insert(heading.end(), {"p50", "p99", "p99.9", "slowest"});
+  heading.insert(heading.end(), {"placement", "state"});
+  const std::size_t first_words = heading.size() - 2;
+  cells.push_back(std::move(heading));
+  for (const row& one : rows) {
+    std::vector<std::string> line{"  " + one.subject, number(one.median, one.unit), number(one.min, one.unit),
+                                  number(one.max, one.unit)};
+    if (samples) {
+      for (const auto& value : {one.p50, one.p99, one.p999, one.slowest}) line.push_back(number(value, one.unit));
+    }
+    line.push_back(one.placement);
+    line.push_back(one.state);
+    cells.push_back(std::move(line));
+  }
+  std::vector<std::size_t> widths(cells[0].size(), 0);
+  for (const auto& line : cells) {
+    for (std::size_t i = 0; i < line.size(); ++i) widths[i] = std::max(widths[i], line[i].size());
+  }
+  widths[0] = std::max<std::size_t>(widths[0], 28);  // so that the cases stand below one another
+  std::string out;
+  for (const auto& line : cells) {
+    std::string text;
+    for (std::size_t i = 0; i < line.size(); ++i) {
+      const bool words = i == 0 || i >= first_words;
+      text += words ? fmt::format("{:<{}}  ", line[i], widths[i])
+                    : fmt::format("{:>{}}  ", line[i], std::max<std::size_t>(widths[i], 11));
+    }
+    text.erase(text.find_last_not_of(' ') + 1);
+    out += text + '\n';
+  }
+  return out;
+}
+
+std::string json(std::span<const row> rows) {
+  std::string out = "[";
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const row& one = rows[i];
+    out += fmt::format(
+        "{}\n  {{\"case\": {}, \"subject\": {}, \"placement\": {}, \"state\": {}, \"unit\": {}, \"median\": {}, "
+        "\"min\": "
+        "{}, \"max\": {}, \"p50\": {}, \"p99\": {}, \"p999\": {}}}",
+        i == 0 ? "" : ",", quoted(one.kase), quoted(one.subject), quoted(one.placement), quoted(one.state),
+        quoted(one.unit), json_number(one.median), json_number(one.min), json_number(one.max), json_number(one.p50),
+        json_number(one.p99), json_number(one.p999));
+  }
+  return out + "\n]\n";
+}
+
+std::string promises(std::span<const row> rows) {
+  std::string out;
+  for (const promise& one : all_promises) {
+    const row* ours = find(rows, one.kase, "strait");
+    const row* theirs = find(rows, one.other_case, one.other);
+    if (ours == nullptr || theirs == nullptr || !ours->max || !theirs->max) continue;
+    // A noisy neighbour only ever takes away: the best round of each.
+    const bool rate = ours->unit == "messages/s";
+    const double a = rate ? *ours->max : *ours->min;
+    const double b = rate ? *theirs->max : *theirs->min;
+    const double ratio = one.inverted ? b / a : a / b;
+    const bool met = one.at_least ? ratio >= one.target : ratio <= one.target;
+    out += fmt::format("  {:<48}  {:>7.2f}   {} {:<4}  {}\n", one.words, ratio, one.at_least ? "at least" : "at most ",
+                       one.target, met ? "met" : "missed");
+  }
+  for (const std::string_view kase : {"cost/syscalls-per-million", "cost/allocations-per-million"}) {
+    const row* ours = find(rows, kase, "strait");
+    if (ours == nullptr) continue;
+    const std::string label = fmt::format("{}, strait", kase);
+    if (!ours->min || !ours->max) {
+      out += fmt::format("  {:<48}  {:>7}   exactly  0     missed\n", label, "unknown");
+      continue;
+    }
+    // A round in which somebody took a CPU away is not one in which both were awake; the worst is shown beside it.
+    out += fmt::format("  {:<48}  {:>7.0f}   exactly  0     {}", label, *ours->min, *ours->min == 0 ? "met" : "missed");
+    out += *ours->max > *ours->min ? fmt::format(" (in the worst round {:.0f})\n", *ours->max) : "\n";
+  }
+  return out;
+}
+
+}  // namespace bench

@@ -1,0 +1,202 @@
+// strait itself, as a user writes it: coroutines on a runtime of one worker, pinned where every other subject's end is.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <exception>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include <fmt/format.h>
+
+#include "../subject.hpp"
+#include "strait.hpp"
+
+import strait;
+
+/// What a channel of these messages is called across processes; the size tells the three apart.
+template <std::size_t Bytes>
+struct strait::message_traits<bench::message<Bytes>> {
+  static constexpr std::string_view name = "strait-demo message";
+  static constexpr std::uint32_t version = static_cast<std::uint32_t>(Bytes);
+};
+
+namespace bench {
+namespace {
+
+std::string channel_name(std::uint64_t nonce, std::string_view way) {
+  return fmt::format("strait-demo.{:016x}.{}", nonce, way);
+}
+
+/// The stream ended although nobody was asked to end it.
+[[noreturn]] void report_end() {
+  throw std::runtime_error{"expected a message, found that the other end has closed"};
+}
+
+template <class M>
+strait::task<> send_each(end& self, strait::sender<M> tx) {
+  source<M> out;
+  while (const auto round = self.next_round()) {
+    out.spoil(self.fault());
+    for (std::uint64_t i = 0; i < round.warm_up; ++i) co_await tx.send(out.next());
+    self.begin();
+    for (std::uint64_t i = 0; i < round.messages; ++i) co_await tx.send(out.next());
+    self.done();
+  }
+}
+
+template <class M>
+strait::task<> receive_each(end& self, strait::receiver<M> rx) {
+  checker<M> in;
+  while (const auto round = self.next_round()) {
+    for (std::uint64_t i = 0; i < round.warm_up; ++i) {
+      const auto message = co_await rx.recv();
+      if (!message) report_end();
+      in.take(*message);
+    }
+    self.begin();
+    for (std::uint64_t i = 0; i < round.messages; ++i) {
+      const auto message = co_await rx.recv();
+      if (!message) report_end();
+      in.take(*message);
+    }
+    self.done();
+  }
+}
+
+/// In place and without a copy, as the rings do it: reserve, fill, commit; peek, check, release.
+template <class M>
+strait::task<> send_batches(end& self, strait::sender<M> tx) {
+  source<M> out;
+  while (const auto round = self.next_round()) {
+    out.spoil(self.fault());
+    self.begin();
+    for (std::uint64_t sent = 0; sent < round.messages;) {
+      auto permit = co_await tx.reserve(std::min<std::uint64_t>(batch_messages, round.messages - sent));
+      const std::span<M> room = permit.messages();
+      for (M& each : room) each = out.next();
+      sent += room.size();
+      permit.commit();
+    }
+    self.done();
+  }
+}
+
+template <class M>
+strait::task<> receive_batches(end& self, strait::receiver<M> rx) {
+  checker<M> in;
+  while (const auto round = self.next_round()) {
+    self.begin();
+    for (std::uint64_t got = 0; got < round.messages;) {
+      const std::span<const M> there = co_await rx.peek();
+      if (there.empty()) report_end();
+      const std::size_t run = std::min<std::size_t>(there.size(), round.messages - got);
+      for (const M& each : there.first(run)) in.take(each);
+      rx.release(run);
+      got += run;
+    }
+    self.done();
+  }
+}
+
+/// As `ping` in subject.hpp, with `co_await` where that calls.
+template <class M>
+strait::task<> send_pings(end& self, strait::sender<M> tx, strait::receiver<M> rx) {
+  source<M> out{direction::there};
+  checker<M> in{direction::back};
+  while (const auto round = self.next_round()) {
+    out.spoil(self.fault());
+    self.begin();
+    for (std::uint64_t i = 0; i < round.messages; ++i) {
+      co_await tx.send(out.next());
+      const auto answer = co_await rx.recv();
+      if (!answer) report_end();
+      in.take(*answer);
+    }
+    self.done();
+    const bool parked = self.kind() == work::parked;
+    std::uint64_t before = self.ticks();
+    for (std::uint64_t i = 0; i < round.stamped; ++i) {
+      if (parked) {
+        self.pause_before_ping();
+        before = self.ticks();
+      }
+      co_await tx.send(out.next());
+      const auto answer = co_await rx.recv();
+      if (!answer) report_end();
+      in.take(*answer);
+      const std::uint64_t after = self.ticks();
+      self.sample(after - before);
+      before = after;
+    }
+  }
+}
+
+template <class M>
+strait::task<> answer_pings(end& self, strait::receiver<M> rx, strait::sender<M> tx) {
+  checker<M> in{direction::there};
+  source<M> out{direction::back};
+  while (const auto round = self.next_round()) {
+    self.begin();
+    for (std::uint64_t i = 0; i < round.messages + round.stamped; ++i) {
+      const auto message = co_await rx.recv();
+      if (!message) report_end();
+      in.take(*message);
+      co_await tx.send(out.next());
+    }
+    self.done();
+  }
+}
+
+/// Ends the process with the message where the conductor finds it: there is no one else to tell.
+strait::task<> guarded(end& self, strait::task<> work) {
+  try {
+    co_await std::move(work);
+  } catch (const std::exception& problem) {
+    self.complain(problem.what());
+    ::_exit(1);
+  }
+}
+
+template <class M>
+strait::task<> work_of(end& self) {
+  strait::channel_options options{.capacity = capacity_for(sizeof(M))};
+  if (self.kind() == work::parked) options.wait = strait::wait_policy::park;
+  const std::string there = channel_name(self.nonce(), "there");
+  const std::string back = channel_name(self.nonce(), "back");
+  const bool pings = self.kind() == work::spin || self.kind() == work::parked;
+  if (self.producing()) {
+    auto tx = strait::open_sender<M>(there, options);
+    if (pings) return send_pings<M>(self, std::move(tx), strait::open_receiver<M>(back, options));
+    return self.kind() == work::batch ? send_batches<M>(self, std::move(tx)) : send_each<M>(self, std::move(tx));
+  }
+  auto rx = strait::open_receiver<M>(there, options);
+  if (pings) return answer_pings<M>(self, std::move(rx), strait::open_sender<M>(back, options));
+  return self.kind() == work::batch ? receive_batches<M>(self, std::move(rx)) : receive_each<M>(self, std::move(rx));
+}
+
+void run(end& self) {
+  if (self.kind() == work::ready) return run_strait_ready(self);
+  // The process itself stays free to use every CPU and its one worker is pinned, as strait does it for its users.
+  strait::runtime runtime{{.cpus = std::vector<unsigned>{self.cpu()}}};
+  with_message(self.message_bytes(), [&]<class M>() { runtime.spawn(guarded(self, work_of<M>(self))); });
+  runtime.join();
+}
+
+link connect(const job&) {
+  return {};
+}
+
+/// The names go as soon as both ends are in, so that nothing is left whatever ends them.
+void forget_names(std::uint64_t nonce) {
+  for (const std::string_view way : {"there", "back"}) ::shm_unlink(("/" + channel_name(nonce, way)).c_str());
+}
+
+}  // namespace
+
+subject strait_subject() {
+  return {.name = "strait", .connect = connect, .run = run, .forget_names = forget_names, .is_ring = true, .pins_itself = true};
+}
+
+}  // namespace bench
