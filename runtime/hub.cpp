@@ -134,7 +134,10 @@ class asio_hub final : public asio::execution_context::service, public hub {
   void remove_root(hub_root& root, std::exception_ptr error) noexcept override {
     const std::lock_guard lock{roots_mutex_};
     roots_.remove(root);
-    if (error && !error_) error_ = std::move(error);
+    if (!error || error_) return;
+    error_ = std::move(error);
+    // relaxed: the turn that looks at it is the one that resumed the coroutine; others only end early.
+    failed_.store(true, std::memory_order_relaxed);
   }
 
  private:
@@ -246,7 +249,10 @@ class asio_hub final : public asio::execution_context::service, public hub {
     }
     {
       const std::lock_guard lock{roots_mutex_};
-      if (!error) error = std::exchange(error_, nullptr);
+      if (!error) {
+        error = std::exchange(error_, nullptr);
+        failed_.store(false, std::memory_order_relaxed);
+      }
     }
     if (error) std::rethrow_exception(error);
   }
@@ -271,7 +277,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
     int completed = 0;
     const bool alone = waiters_.single();
     if (cursor_ == nullptr) cursor_ = waiters_.first();
-    while (cursor_ != nullptr && completed < completions_between_clocks) {
+    while (cursor_ != nullptr && completed < completions_between_clocks &&
+           !failed_.load(std::memory_order_relaxed)) {
       hub_waiter& waiter = *cursor_;
       cursor_ = waiter.next;
       if (!waiter.ready(waiter, alone)) continue;
@@ -295,7 +302,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
         if (looks >= looks_between_clocks) spin_.answered();
         looks = 0;
         completions += completed;
-        if (completions < completions_between_clocks) continue;
+        if (completions < completions_between_clocks && !failed_.load(std::memory_order_relaxed)) continue;
         completions = 0;
         idle_since = last = now_ns();
       } else if (waiters_.empty()) {
@@ -334,6 +341,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
   /// Whether others have waited long enough.
   [[nodiscard]] bool leave(bool shared, std::int64_t elapsed) const noexcept {
     return (shared && elapsed >= slice_ns) || stopped_.load(std::memory_order_relaxed) ||
+           failed_.load(std::memory_order_relaxed) ||
            shared != shared_.load(std::memory_order_relaxed);
   }
 
@@ -451,7 +459,9 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   std::mutex roots_mutex_;
   intrusive_list<hub_root> roots_;
+  /// What left a coroutine of ours; the turn ends and throws it.
   std::exception_ptr error_;
+  std::atomic<bool> failed_{false};
 };
 
 asio::execution_context::id asio_hub::id;
