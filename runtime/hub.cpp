@@ -106,17 +106,18 @@ class asio_hub final : public asio::execution_context::service, public hub {
     if (make_resident()) post_turn();
   }
 
-  void withdraw(hub_waiter& waiter) noexcept override {
+  bool withdraw(hub_waiter& waiter) noexcept override {
     const auto lock = lock_unless_turning();
-    if (waiter.owner != this) return;
+    if (waiter.owner != this) return false;
     absorb_inbox();
     remove(waiter);
-    if (!announced_ || waiter.end == nullptr) return;
+    if (!announced_ || waiter.end == nullptr) return true;
     // The ringer, if there was one, rang for the end, not for this waiter: the next that waits for it looks first.
     waiter.end->hub_awake();
     // Nobody rings a parked hub for this end any more. That concerns whoever else waits for it; and when nobody waits,
     // the doorbell's handler must not keep the context's run() from returning. The turn sees to both.
     if ((waiters_.empty() || waits_for(*waiter.end)) && make_resident()) post_turn();
+    return true;
   }
 
   void share(bool shared) noexcept override {

@@ -64,10 +64,12 @@ class handler_wait final : public hub_waiter {
     hub& where = hub_of(asio::any_io_executor{executor});
     allocator_type allocator = allocator_for(handler);
     handler_wait* made = std::allocator_traits<allocator_type>::allocate(allocator, 1);
-    ::new (static_cast<void*>(made)) handler_wait{std::move(step), std::move(handler), executor};
+    ::new (static_cast<void*>(made)) handler_wait{std::move(step), std::move(handler), executor, where};
     auto slot = asio::get_associated_cancellation_slot(made->handler_);
     if (slot.is_connected()) {
-      slot.assign([made](asio::cancellation_type) { made->cancel(); });
+      slot.assign([made](asio::cancellation_type type) {
+        if (type != asio::cancellation_type::none) made->cancel();
+      });
     }
     where.wait(*made);
   }
@@ -88,8 +90,8 @@ class handler_wait final : public hub_waiter {
     }
   }
 
-  handler_wait(Step step, Handler&& handler, const executor_type& executor)
-      : step_{std::move(step)}, handler_{std::move(handler)}, work_{executor} {
+  handler_wait(Step step, Handler&& handler, const executor_type& executor, hub& where)
+      : step_{std::move(step)}, handler_{std::move(handler)}, work_{executor}, where_{where} {
     end = step_.end();
     ready = [](hub_waiter& self, bool alone) noexcept { return static_cast<handler_wait&>(self).step_.look(alone); };
     complete = [](hub_waiter& self) { static_cast<handler_wait&>(self).finish(false); };
@@ -110,30 +112,46 @@ class handler_wait final : public hub_waiter {
     return left;
   }
 
+  /// Sends the operation to the handler's executor. It stays whole until it arrives there, because until then a
+  /// cancellation may still reach for it: the slot, too, belongs to that executor.
   void finish(bool aborted) {
-    asio::get_associated_cancellation_slot(handler_).clear();
-    auto left = dismantle();
-    auto run = [step = std::move(left.step), handler = std::move(left.handler), aborted]() mutable {
-      // Only here, on the handler's own executor, is a message taken.
-      step.invoke(std::move(handler), aborted);
+    const executor_type executor = work_.get_executor();
+    auto arrive = [self = std::unique_ptr<handler_wait, dismantler>{this}, aborted]() mutable {
+      self.release()->invoke(aborted);
     };
     if (aborted) {
-      asio::post(left.work.get_executor(), std::move(run));
+      asio::post(executor, std::move(arrive));
     } else {
-      asio::dispatch(left.work.get_executor(), std::move(run));
+      asio::dispatch(executor, std::move(arrive));
     }
+  }
+
+  /// On the handler's executor; only here is a message taken.
+  void invoke(bool aborted) {
+    // On the way, another operation on the same handle may have taken what this one was woken for.
+    if (!aborted && !step_.look(false)) {
+      where_.wait(*this);
+      return;
+    }
+    asio::get_associated_cancellation_slot(handler_).clear();
+    auto left = dismantle();
+    left.step.invoke(std::move(left.handler), aborted);
   }
 
   /// On the handler's executor, as Asio's cancellation asks for.
   void cancel() {
-    if (owner == nullptr) return;  // completing already
-    owner->withdraw(*this);
-    finish(true);
+    if (where_.withdraw(*this)) finish(true);  // otherwise it is completing already
   }
+
+  /// Frees an operation whose context was destroyed while it was on its way.
+  struct dismantler {
+    void operator()(handler_wait* self) const { (void)self->dismantle(); }
+  };
 
   Step step_;
   Handler handler_;
   asio::executor_work_guard<executor_type> work_;
+  hub& where_;
 };
 
 /// Waits until an operation can go on, and leaves it to the awaiting coroutine to do so.
