@@ -8,6 +8,7 @@ module;
 #include <asio/post.hpp>
 #include <asio/prefer.hpp>
 #include <asio/strand.hpp>
+#include <asio/thread_pool.hpp>
 
 #include <algorithm>
 #include <atomic>
@@ -17,6 +18,7 @@ module;
 #include <mutex>
 #include <optional>
 #include <system_error>
+#include <typeinfo>
 #include <utility>
 module strait.hub;
 
@@ -60,11 +62,23 @@ class intrusive_list {
   Node* last_ = nullptr;
 };
 
-/// The executor that turns are posted to: a strand would make them wait for the user's own handlers.
-asio::any_io_executor without_strand(const asio::any_io_executor& executor) {
-  if (const auto* strand = executor.target<asio::strand<asio::any_io_executor>>()) return strand->get_inner_executor();
-  if (const auto* strand = executor.target<asio::strand<asio::io_context::executor_type>>()) {
-    return strand->get_inner_executor();
+/// What stands beneath the strand, if `executor` is a strand of that kind.
+template <class Inner>
+bool replace_by_inner(asio::any_io_executor& executor) {
+  // Asio before 1.24 casts without asking whether the type is right.
+  if (executor.target_type() != typeid(asio::strand<Inner>)) return false;
+  // A copy: what it points into goes with the assignment.
+  asio::any_io_executor inner = executor.target<asio::strand<Inner>>()->get_inner_executor();
+  executor = std::move(inner);
+  return true;
+}
+
+/// The executor that turns are posted to: a strand would make them wait for the user's own handlers. A strand of a kind
+/// that is not known here only does that.
+asio::any_io_executor without_strand(asio::any_io_executor executor) {
+  while (replace_by_inner<asio::any_io_executor>(executor) ||
+         replace_by_inner<asio::io_context::executor_type>(executor) ||
+         replace_by_inner<asio::thread_pool::executor_type>(executor)) {
   }
   return executor;
 }
