@@ -305,8 +305,8 @@ enum class wait_policy : std::uint32_t {
       .count();
 }
 
-/// CPUs that this process may use, counted once.
-[[nodiscard]] unsigned usable_cpu_count() noexcept;
+/// CPUs of this machine that are online, counted once.
+[[nodiscard]] unsigned online_cpu_count() noexcept;
 
 /// How long to spin, learnt from how spinning and parking went. Private to one waiting thread.
 ///
@@ -319,7 +319,7 @@ class spin_budget {
   spin_budget() = default;
   inline spin_budget(wait_policy policy, std::int64_t first, std::int64_t longest) noexcept
       : policy_{policy}, budget_{first}, longest_{longest} {
-    if (policy == wait_policy::park || (policy == wait_policy::adaptive && usable_cpu_count() == 1)) {
+    if (policy == wait_policy::park || (policy == wait_policy::adaptive && online_cpu_count() == 1)) {
       budget_ = 0;
       longest_ = 0;
     }
@@ -357,9 +357,12 @@ class spin_budget {
 /// A consumer that keeps up with a stream finds its lane empty after every few messages; if it looks again at once,
 /// the line with `tail` crosses for each message. If it waits for a moment, one crossing announces many messages. In
 /// ping-pong that same moment is latency. Two messages found at once prove that their sender did not wait for an
-/// answer between them: it streams, and the pause doubles. One message alone ends it.
+/// answer between them: it streams, and the pause doubles until a look brings enough to pay for itself. One message
+/// alone ends it; plenty at once says that the pause is longer than it need be.
 class gather_pause {
  public:
+  /// In PAUSE instructions.
+  [[nodiscard]] inline std::uint32_t length() const noexcept { return pauses_; }
   /// Before a look at a lane that has just run empty.
   inline void before_look() const noexcept {
     for (std::uint32_t i = 0; i < pauses_; ++i) cpu_relax();
@@ -368,10 +371,16 @@ class gather_pause {
   inline void found(std::uint64_t messages) noexcept {
     if (messages < 2) {
       pauses_ = 0;
-    } else if (pauses_ < longest) {
+    } else if (messages > plenty) {
+      pauses_ /= 2;
+    } else if (messages < enough && pauses_ < longest) {
       pauses_ = pauses_ == 0 ? 4 : pauses_ * 2;
     }
   }
+
+  /// A line takes some 100 to 400 ns to cross; spread over this many messages, that is a nanosecond or three for each.
+  static constexpr std::uint64_t enough = 128;
+  static constexpr std::uint64_t plenty = 512;
 
   /// In PAUSE instructions; a few hundred nanoseconds to two microseconds, by CPU.
   static constexpr std::uint32_t longest = 64;

@@ -125,7 +125,7 @@ class lane_producer {
   }
 
   /// Free slots, as far as known without looking at the consumer's line.
-  [[nodiscard]] std::uint64_t known_room() const noexcept { return capacity_ - (tail_ - head_seen_); }
+  [[nodiscard]] std::uint64_t known_room() const noexcept { return limit_ - tail_; }
 
   /// Looks at the consumer's line and returns the free slots; 0, with `corrupt()` set, when `head` is impossible.
   std::uint64_t look() noexcept {
@@ -134,10 +134,10 @@ class lane_producer {
     const std::uint64_t head = control_->head.load(std::memory_order_acquire);
     if (tail_ - head > capacity_) [[unlikely]] {
       corrupt_ = true;
-      head_seen_ = tail_ - capacity_;
+      limit_ = tail_;
       return 0;
     }
-    head_seen_ = head;
+    limit_ = head + capacity_;
     return known_room();
   }
 
@@ -187,7 +187,8 @@ class lane_producer {
   lane_control<Atomics>* control_ = nullptr;
   std::uint64_t capacity_ = 0;
   std::uint64_t tail_ = 0;
-  std::uint64_t head_seen_ = 0;
+  /// Where `tail` would meet the newest `head` that was seen.
+  std::uint64_t limit_ = 0;
   bool corrupt_ = false;
 };
 

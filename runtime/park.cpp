@@ -3,7 +3,6 @@ module;
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <linux/membarrier.h>
-#include <sched.h>
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -131,12 +130,11 @@ int doorbell::duplicate(std::uint64_t number) noexcept {
   return found == list.entries.end() ? -1 : ::fcntl(found->second.descriptor, F_DUPFD_CLOEXEC, 0);
 }
 
-unsigned usable_cpu_count() noexcept {
+unsigned online_cpu_count() noexcept {
+  // Of the machine, not of this thread's affinity: a pinned thread may well wait for one that is pinned elsewhere.
   static const unsigned count = [] {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    if (::sched_getaffinity(0, sizeof set, &set) != 0) return 1U;
-    return static_cast<unsigned>(CPU_COUNT(&set));
+    const long online = ::sysconf(_SC_NPROCESSORS_ONLN);
+    return online > 0 ? static_cast<unsigned>(online) : 1U;
   }();
   return count;
 }

@@ -220,9 +220,11 @@ struct asio_suspension {
     auto* wait = ::new (static_cast<void*>(self.suspension_))
         wait_awaitable{detail::start<detail::until_ready<Operation>, void(std::error_code)>(
             detail::until_ready<Operation>{&self.operation_}, asio::use_awaitable_t<Executor>{})};
-    self.destroy_suspension_ = [](operation_awaitable& of) noexcept { wait_in(of).~wait_awaitable(); };
-    // Throws when the wait was cancelled.
-    self.resume_suspension_ = [](operation_awaitable& of) { wait_in(of).await_resume(); };
+    static constexpr typename operation_awaitable::suspended_operations through_asio{
+        .destroy = [](operation_awaitable& of) noexcept { wait_in(of).~wait_awaitable(); },
+        // Throws when the wait was cancelled.
+        .resume = [](operation_awaitable& of) { wait_in(of).await_resume(); }};
+    self.suspended_ = &through_asio;
     wait->await_suspend(awaiting);
   }
 
@@ -240,32 +242,32 @@ struct asio_suspension {
 /// Allocates: from the handler's associated allocator. Errors: as `recv`, and `asio::error::operation_aborted`.
 template <class T, class Token>
 auto async_recv(receiver<T>& from, Token&& token) {
-  using operation = typename receiver<T>::recv_operation;
+  using operation = typename receiver<T>::template recv_operation<>;
   return detail::start<detail::whole<operation>, void(std::error_code, std::optional<T>)>(
-      detail::whole<operation>{operation{from, nullptr}}, std::forward<Token>(token));
+      detail::whole<operation>{operation{from, {}}}, std::forward<Token>(token));
 }
 
 /// Sends one message; any completion token. Signature: `void(std::error_code)`. An error means that it was not sent.
 /// Everything else as for `async_recv`.
 template <class T, class U, class Token>
 auto async_send(sender<T>& to, U&& message, Token&& token) {
-  using operation = typename sender<T>::send_operation;
+  using operation = typename sender<T>::template send_operation<>;
   return detail::start<detail::whole<operation>, void(std::error_code)>(
-      detail::whole<operation>{operation{to, T(std::forward<U>(message)), nullptr}}, std::forward<Token>(token));
+      detail::whole<operation>{operation{to, T(std::forward<U>(message)), {}}}, std::forward<Token>(token));
 }
 
 /// `recv()` for an `asio::awaitable<T, Executor>` whose executor is not Asio's default: `co_await strait::recv<Executor>(rx)`.
 template <class Executor, class T>
 [[nodiscard]] auto recv(receiver<T>& from) {
-  using operation = typename receiver<T>::recv_operation;
-  return asio::awaitable<awaited<operation>, Executor>{operation{from, nullptr}};
+  using operation = typename receiver<T>::template recv_operation<>;
+  return asio::awaitable<awaited<operation>, Executor>{operation{from, {}}};
 }
 
 /// `send()` for the same: `co_await strait::send<Executor>(tx, message)`.
 template <class Executor, class T, class U>
 [[nodiscard]] auto send(sender<T>& to, U&& message) {
-  using operation = typename sender<T>::send_operation;
-  return asio::awaitable<awaited<operation>, Executor>{operation{to, T(std::forward<U>(message)), nullptr}};
+  using operation = typename sender<T>::template send_operation<>;
+  return asio::awaitable<awaited<operation>, Executor>{operation{to, T(std::forward<U>(message)), {}}};
 }
 
 }  // namespace strait
