@@ -296,7 +296,7 @@ class [[nodiscard]] permit {
 ///
 /// Every operation reports `errc::closed` when the receiver closed, `errc::peer_died` once when its process died (the
 /// handle stays usable: what is sent next goes to a replacement), and `errc::corrupt` when the shared memory holds an
-/// impossible value. An operation that reports an error sent nothing.
+/// impossible value. An operation that reports an error sent nothing; `send_many` tells how much it had sent before.
 template <class T>
 class sender {
  public:
@@ -963,6 +963,7 @@ class receiver {
 /// Waits: never. Allocates: `capacity` slots. Errors: `bad_capacity`, `no_space`. Complexity: touching the memory.
 template <class T>
 [[nodiscard]] std::pair<sender<T>, receiver<T>> make_channel(const channel_options& options = {}) {
+  static_assert(alignof(T) <= 4096, "a mapping is aligned to a page, and no message to more");
   static_assert(std::is_move_constructible_v<T>, "a message must be movable");
   endpoint::destroy_messages destroy = nullptr;
   if constexpr (!std::is_trivially_destructible_v<T>) {
@@ -981,6 +982,7 @@ template <class T>
 /// system calls.
 template <class T>
 [[nodiscard]] sender<T> open_sender(std::string_view name, const channel_options& options = {}) {
+  static_assert(alignof(T) <= 4096, "a mapping is aligned to a page, and no message to more");
   static_assert(std::is_trivially_copyable_v<T>,
                 "a message crosses processes as bytes: its type must be trivially copyable (no pointers into this "
                 "process, no strings, no virtual functions)");
@@ -993,6 +995,7 @@ template <class T>
 /// system calls.
 template <class T>
 [[nodiscard]] receiver<T> open_receiver(std::string_view name, const channel_options& options = {}) {
+  static_assert(alignof(T) <= 4096, "a mapping is aligned to a page, and no message to more");
   static_assert(std::is_trivially_copyable_v<T>,
                 "a message crosses processes as bytes: its type must be trivially copyable (no pointers into this "
                 "process, no strings, no virtual functions)");
