@@ -290,8 +290,13 @@ void endpoint::close() noexcept {
     ring(claim_ring(peer_word(), barrier_));
     return;
   }
-  // In a forked child the ends are the parent's; an end that never entered has nothing to leave.
-  if (segment_.map.data() == nullptr || !entered_ || fork_generation_ != fork_generation()) return;
+  if (inherited()) {
+    // The end is the parent's. So is the relay's thread, which is not here to be joined.
+    [[maybe_unused]] auto* const parents = relay_.release();
+    return;
+  }
+  // An end that never entered has nothing to leave.
+  if (segment_.map.data() == nullptr || !entered_) return;
   unwatch_process(*this);
   relay_.reset();
   segment_.locks.lock(gate_byte);
