@@ -707,6 +707,7 @@ class receiver {
   receiver(receiver&& other) noexcept { *this = std::move(other); }
   receiver& operator=(receiver&& other) noexcept {
     if (this == &other) return *this;
+    // Not in the child of a fork: its copy of the cursor would take the lane back to where it was then.
     if (end_ && lane_.release_pending() && !end_->inherited()) lane_.publish_head();
     lane_ = std::exchange(other.lane_, {});
     slots_ = std::exchange(other.slots_, nullptr);

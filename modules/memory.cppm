@@ -58,7 +58,8 @@ class mapping {
   ///
   /// Waits: never. Allocates: `bytes` of pages. Errors: `no_space`, or the errno of mmap and mbind.
   [[nodiscard]] static mapping anonymous(std::size_t bytes, std::optional<unsigned> node);
-  /// The first `bytes` of a file, shared and writable, placed on `node` if given. Not touched.
+  /// The first `bytes` of a file, shared and writable, placed on `node` if given. Not touched. The mapping keeps nothing
+  /// of the caller's open file description, so that locks on that end when its descriptor is closed.
   [[nodiscard]] static mapping of_file(int descriptor, std::size_t bytes, std::optional<unsigned> node,
                                        const std::string& what);
   inline mapping(mapping&& other) noexcept
