@@ -287,7 +287,7 @@ class sender {
     }
     [[nodiscard]] bool look(bool) noexcept { return go_on(); }
     std::size_t finish(news& why) {
-      if (!messages_.empty()) sender_->fails(why);
+      if (!messages_.empty()) (void)sender_->fails(why);
       return sent_;
     }
     [[nodiscard]] endpoint* end() const noexcept { return sender_->end_.get(); }
