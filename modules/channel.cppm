@@ -218,7 +218,8 @@ template <class T>
 class [[nodiscard]] permit {
  public:
   permit() = default;
-  permit(permit&& other) noexcept : sender_{std::exchange(other.sender_, nullptr)}, messages_{other.messages_} {}
+  permit(permit&& other) noexcept
+      : sender_{std::exchange(other.sender_, nullptr)}, messages_{std::exchange(other.messages_, {})} {}
   permit& operator=(permit&& other) noexcept {
     std::swap(sender_, other.sender_);
     std::swap(messages_, other.messages_);
@@ -232,7 +233,8 @@ class [[nodiscard]] permit {
   ///
   /// Waits: never. Allocates: never. Errors: none. Complexity: one store.
   void commit(std::size_t n) noexcept {
-    if (n != 0) sender_->commit(n > messages_.size() ? messages_.size() : n);
+    n = std::min(n, messages_.size());
+    if (n != 0) sender_->commit(n);  // an empty permit may have no sender
     messages_ = {};
   }
   /// Sends all of them.
