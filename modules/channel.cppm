@@ -427,8 +427,10 @@ class sender {
   [[nodiscard]] bool is_closed() const noexcept { return !end_ || end_->peer_closed(); }
   /// Messages sent and not yet released by the receiver, at most an eighth of the capacity more than it has taken.
   [[nodiscard]] std::size_t depth() const noexcept {
-    // relaxed: a figure that may be old when it is read.
-    return end_ ? static_cast<std::size_t>(lane_.tail() - end_->lane().head.load(std::memory_order_relaxed)) : 0;
+    if (!end_) return 0;
+    // relaxed: a figure that may be old when it is read. What cannot be is for the next operation to find out.
+    const std::uint64_t there = lane_.tail() - end_->lane().head.load(std::memory_order_relaxed);
+    return static_cast<std::size_t>(std::min(there, lane_.capacity()));
   }
   [[nodiscard]] std::size_t capacity() const noexcept { return static_cast<std::size_t>(lane_.capacity()); }
 
@@ -743,8 +745,11 @@ class receiver {
   [[nodiscard]] bool is_closed() const noexcept { return !end_ || (end_->peer_closed() && depth() == 0); }
   /// Messages sent and not yet taken.
   [[nodiscard]] std::size_t depth() const noexcept {
-    // acquire: pairs with the publication; whoever sees a depth may go and take.
-    return end_ ? static_cast<std::size_t>(end_->lane().tail.load(std::memory_order_acquire) - lane_.head()) : 0;
+    if (!end_) return 0;
+    // acquire: pairs with the publication; whoever sees a depth may go and take. What cannot be is for the next
+    // operation to find out.
+    const std::uint64_t there = end_->lane().tail.load(std::memory_order_acquire) - lane_.head();
+    return static_cast<std::size_t>(std::min(there, lane_.capacity()));
   }
   [[nodiscard]] std::size_t capacity() const noexcept { return static_cast<std::size_t>(lane_.capacity()); }
 
@@ -765,6 +770,8 @@ class receiver {
       ending_ = news::closed;
       return true;
     }
+    // For good: a tail that is possible again is no reason to believe what is in the lane.
+    if (lane_.corrupt()) [[unlikely]] return corrupt();
     if (gather) gather_.before_look();
     if (const std::uint64_t there = lane_.look(); there != 0) {
       gather_.found(there);

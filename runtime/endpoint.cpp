@@ -143,11 +143,13 @@ struct endpoint::private_channel {
   segment_header* header = nullptr;
 
   ~private_channel() {
+    if (destroy == nullptr || header == nullptr) return;
     // relaxed: the shared_ptr's count ordered both ends before us.
-    if (destroy != nullptr && header != nullptr) {
-      destroy(memory.data() + header->slots_offset, header->capacity - 1,
-              header->lane.head.load(std::memory_order_relaxed), header->lane.tail.load(std::memory_order_relaxed));
-    }
+    const std::uint64_t head = header->lane.head.load(std::memory_order_relaxed);
+    const std::uint64_t tail = header->lane.tail.load(std::memory_order_relaxed);
+    // Cursors that cannot be are not believed here, either.
+    if (tail - head > header->capacity) return;
+    destroy(memory.data() + header->slots_offset, header->capacity - 1, head, tail);
   }
 };
 
@@ -335,7 +337,10 @@ void endpoint::ring(presence parked) noexcept {
 void endpoint::poison() noexcept {
   // release: pairs with the acquire in look_at_peer.
   header_->poisoned.store(1, std::memory_order_release);
-  ring(claim_ring(peer_word(), barrier_));
+  // The peer's word may be what was overwritten, with the peer asleep behind it: ring, whatever the word says.
+  (void)claim_ring(peer_word(), barrier_);
+  ring(presence::thread_parked);
+  ring(presence::hub_parked);
 }
 
 void endpoint::watch_peer() noexcept {
