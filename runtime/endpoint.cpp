@@ -222,20 +222,22 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     const auto presence_of = [&](role r) {
       return static_cast<presence>(header.ends[static_cast<std::size_t>(r)].presence.load(std::memory_order_relaxed));
     };
-    // See close(): a sender left these for a receiver that is yet to come.
+    const bool whole = size >= header.segment_bytes;
+    const bool sound = words_are_sound(header, inhabited);
+    // See close(): a sender left these for a receiver that is yet to come. None can take them from a broken segment.
     const bool deposited =
-        presence_of(role::sender) == presence::closed && presence_of(role::receiver) == presence::vacant &&
+        whole && sound && presence_of(role::sender) == presence::closed && presence_of(role::receiver) == presence::vacant &&
         header.lane.tail.load(std::memory_order_relaxed) != header.lane.head.load(std::memory_order_relaxed);
     // What a crash left is no obstacle to whoever may create; an end that lives decides what the channel is.
     const auto refuse = [&](errc e, const std::string& expected, const std::string& found) {
       if (!inhabited && !deposited && options.open != open_mode::open) return verdict::replace;
       fail(e, channel + ": expected " + expected + ", found " + found);
     };
-    if (size < header.segment_bytes) {
+    if (!whole) {
       return refuse(errc::truncated_segment, "a segment of " + std::to_string(header.segment_bytes) + " bytes",
                     std::to_string(size));
     }
-    if (!words_are_sound(header, inhabited)) {
+    if (!sound) {
       return refuse(errc::corrupt, "a sound channel", "one that was poisoned by an impossible value");
     }
     if (name_in(header) != shape.name.substr(0, sizeof header.message_name - 1) ||
