@@ -265,7 +265,8 @@ template <class T>
 class [[nodiscard]] permit {
  public:
   permit() = default;
-  permit(permit&& other) noexcept : sender_{std::exchange(other.sender_, nullptr)}, messages_{other.messages_} {}
+  permit(permit&& other) noexcept
+      : sender_{std::exchange(other.sender_, nullptr)}, messages_{std::exchange(other.messages_, {})} {}
   permit& operator=(permit&& other) noexcept {
     std::swap(sender_, other.sender_);
     std::swap(messages_, other.messages_);
@@ -279,7 +280,8 @@ class [[nodiscard]] permit {
   ///
   /// Waits: never. Allocates: never. Errors: none. Complexity: one store.
   void commit(std::size_t n) noexcept {
-    if (n != 0) sender_->commit(n > messages_.size() ? messages_.size() : n);
+    n = std::min(n, messages_.size());
+    if (n != 0) sender_->commit(n);  // an empty permit may have no sender
     messages_ = {};
   }
   /// Sends all of them.
@@ -476,8 +478,10 @@ class sender {
   [[nodiscard]] bool is_closed() const noexcept { return !end_ || end_->peer_closed(); }
   /// Messages sent and not yet released by the receiver, at most an eighth of the capacity more than it has taken.
   [[nodiscard]] std::size_t depth() const noexcept {
-    // relaxed: a figure that may be old when it is read.
-    return end_ ? static_cast<std::size_t>(lane_.tail() - end_->lane().head.load(std::memory_order_relaxed)) : 0;
+    if (!end_) return 0;
+    // relaxed: a figure that may be old when it is read. What cannot be is for the next operation to find out.
+    const std::uint64_t there = lane_.tail() - end_->lane().head.load(std::memory_order_relaxed);
+    return static_cast<std::size_t>(std::min(there, lane_.capacity()));
   }
   [[nodiscard]] std::size_t capacity() const noexcept { return static_cast<std::size_t>(lane_.capacity()); }
 
@@ -796,8 +800,11 @@ class receiver {
   [[nodiscard]] bool is_closed() const noexcept { return !end_ || (end_->peer_closed() && depth() == 0); }
   /// Messages sent and not yet taken.
   [[nodiscard]] std::size_t depth() const noexcept {
-    // acquire: pairs with the publication; whoever sees a depth may go and take.
-    return end_ ? static_cast<std::size_t>(end_->lane().tail.load(std::memory_order_acquire) - lane_.head()) : 0;
+    if (!end_) return 0;
+    // acquire: pairs with the publication; whoever sees a depth may go and take. What cannot be is for the next
+    // operation to find out.
+    const std::uint64_t there = end_->lane().tail.load(std::memory_order_acquire) - lane_.head();
+    return static_cast<std::size_t>(std::min(there, lane_.capacity()));
   }
   [[nodiscard]] std::size_t capacity() const noexcept { return static_cast<std::size_t>(lane_.capacity()); }
 
@@ -841,6 +848,8 @@ class receiver {
       ending_ = news::closed;
       return true;
     }
+    // For good: a tail that is possible again is no reason to believe what is in the lane.
+    if (lane_.corrupt()) [[unlikely]] return corrupt();
     if (gather) gather_.before_look();
     if (const std::uint64_t there = look_at_lane(); there != 0) {
       gather_.found(there);

@@ -176,11 +176,16 @@ class endpoint final : private process_watcher {
     // acquire, for all three: pairs with the release of whoever closed, died_at or declared; what the peer published
     // before that is then visible to the look that follows.
     if (header_->poisoned.load(std::memory_order_acquire) != 0) return news::corrupt;
-    if (them.last_death.load(std::memory_order_acquire) != death_seen_ &&
-        (role_ == role::sender || position >= them.died_at.load(std::memory_order_relaxed))) {
-      return news::died;
+    if (them.last_death.load(std::memory_order_acquire) != death_seen_) {
+      if (role_ == role::sender) return news::died;
+      const std::uint64_t committed = them.died_at.load(std::memory_order_relaxed);
+      if (position >= committed) return news::died;
+      // Nobody commits more than the lane holds; who believed it would wait for ever.
+      if (committed - position > capacity_) [[unlikely]] return found_rubbish();
     }
-    const auto now = static_cast<presence>(them.presence.load(std::memory_order_acquire));
+    const std::uint32_t word = them.presence.load(std::memory_order_acquire);
+    if (!is_presence(word)) [[unlikely]] return found_rubbish();
+    const auto now = static_cast<presence>(word);
     if (now == presence::closed) return news::closed;
     if (now != presence::vacant && now != presence::dead && entered_ &&
         // relaxed: written before the presence that was just read with acquire.
@@ -248,6 +253,10 @@ class endpoint final : private process_watcher {
              const channel_options& options) noexcept;
   void enter();
   void watch_peer() noexcept;
+  [[gnu::cold]] news found_rubbish() noexcept {
+    poison();
+    return news::corrupt;
+  }
   bool look() noexcept override;
   void close() noexcept;
 

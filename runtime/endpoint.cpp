@@ -62,7 +62,7 @@ void fill_header(segment_header& header, const message_shape& shape, std::uint64
   header.message_alignment = shape.alignment;
   header.message_version = shape.version;
   header.barrier = barrier;
-  std::memcpy(header.message_name, shape.name.data(), std::min(shape.name.size(), sizeof header.message_name - 1));
+  shape.name.copy(header.message_name, sizeof header.message_name - 1);
   header.creator_pid = static_cast<std::uint32_t>(::getpid());
   header.magic = segment_header::expected_magic;
 }
@@ -145,11 +145,13 @@ struct endpoint::private_channel {
   segment_header* header = nullptr;
 
   ~private_channel() {
+    if (destroy == nullptr || header == nullptr) return;
     // relaxed: the shared_ptr's count ordered both ends before us.
-    if (destroy != nullptr && header != nullptr) {
-      destroy(memory.data() + header->slots_offset, header->capacity - 1,
-              header->lane.head.load(std::memory_order_relaxed), header->lane.tail.load(std::memory_order_relaxed));
-    }
+    const std::uint64_t head = header->lane.head.load(std::memory_order_relaxed);
+    const std::uint64_t tail = header->lane.tail.load(std::memory_order_relaxed);
+    // Cursors that cannot be are not believed here, either.
+    if (tail - head > header->capacity) return;
+    destroy(memory.data() + header->slots_offset, header->capacity - 1, head, tail);
   }
 };
 
@@ -220,20 +222,22 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     const auto presence_of = [&](role r) {
       return static_cast<presence>(header.ends[static_cast<std::size_t>(r)].presence.load(std::memory_order_relaxed));
     };
-    // See close(): a sender left these for a receiver that is yet to come.
+    const bool whole = size >= header.segment_bytes;
+    const bool sound = words_are_sound(header, inhabited);
+    // See close(): a sender left these for a receiver that is yet to come. None can take them from a broken segment.
     const bool deposited =
-        presence_of(role::sender) == presence::closed && presence_of(role::receiver) == presence::vacant &&
+        whole && sound && presence_of(role::sender) == presence::closed && presence_of(role::receiver) == presence::vacant &&
         header.lane.tail.load(std::memory_order_relaxed) != header.lane.head.load(std::memory_order_relaxed);
     // What a crash left is no obstacle to whoever may create; an end that lives decides what the channel is.
     const auto refuse = [&](errc e, const std::string& expected, const std::string& found) {
       if (!inhabited && !deposited && options.open != open_mode::open) return verdict::replace;
       fail(e, channel + ": expected " + expected + ", found " + found);
     };
-    if (size < header.segment_bytes) {
+    if (!whole) {
       return refuse(errc::truncated_segment, "a segment of " + std::to_string(header.segment_bytes) + " bytes",
                     std::to_string(size));
     }
-    if (!words_are_sound(header, inhabited)) {
+    if (!sound) {
       return refuse(errc::corrupt, "a sound channel", "one that was poisoned by an impossible value");
     }
     if (name_in(header) != shape.name.substr(0, sizeof header.message_name - 1) ||
@@ -367,7 +371,10 @@ void endpoint::ring(presence parked) noexcept {
 void endpoint::poison() noexcept {
   // release: pairs with the acquire in look_at_peer.
   header_->poisoned.store(1, std::memory_order_release);
-  ring(claim_ring(peer_word(), barrier_));
+  // The peer's word may be what was overwritten, with the peer asleep behind it: ring, whatever the word says.
+  (void)claim_ring(peer_word(), barrier_);
+  ring(presence::thread_parked);
+  ring(presence::hub_parked);
 }
 
 void endpoint::watch_peer() noexcept {

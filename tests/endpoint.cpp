@@ -569,6 +569,38 @@ TEST_CASE("endpoint: a poisoned or rubbish leftover is refused to who opens it, 
   check_crossing(tx, rx, order{3, 4});
 }
 
+TEST_CASE("endpoint: messages that wait for their receiver are no leftover, whoever asks for something else") {
+  const channel_name name{"deposited"};
+  {
+    auto tx = strait::open_sender<order>(name.text(), {.capacity = 8});
+    for (std::uint64_t i = 0; i < 3; ++i) REQUIRE(tx.try_send(order{i, i}));
+  }
+  REQUIRE(name.exists());
+  check_both_refused<trade>(name, errc::type_mismatch, {"\"trade\"", "\"order\""}, all_modes);
+  check_both_refused<order>(name, errc::layout_mismatch, {"a capacity of 32", "found 8"}, all_modes, {.capacity = 32});
+  check_both_refused<order>(name, std::error_code{EEXIST, std::system_category()}, {"expected no channel"},
+                            std::array{open_mode::create});
+  SUBCASE("the receiver comes") {
+    auto rx = strait::open_receiver<order>(name.text());
+    for (std::uint64_t i = 0; i < 3; ++i) CHECK(rx.try_recv()->id == i);
+  }
+  SUBCASE("nobody can take them from a segment that is poisoned") {
+    auto image = state_of(name.path()).bytes;
+    put(image, offsetof(segment_header, poisoned), std::uint32_t{1});
+    test::write_file(name.path(), image);
+    auto rx = strait::open_receiver<order>(name.text());
+    CHECK(rx.depth() == 0);
+  }
+  SUBCASE("nor from one that is cut off") {
+    auto image = state_of(name.path()).bytes;
+    image.resize(image.size() - 1);
+    test::write_file(name.path(), image);
+    auto rx = strait::open_receiver<order>(name.text());
+    CHECK(rx.depth() == 0);
+  }
+  CHECK_FALSE(name.exists());
+}
+
 TEST_CASE("endpoint: a poisoned channel with somebody in it is refused") {
   const channel_name name{"poisoned"};
   auto tx = strait::open_sender<order>(name.text(), {.capacity = 8});

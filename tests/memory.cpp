@@ -242,6 +242,15 @@ TEST_CASE("memory: a lock is held by one description, whoever owns the descripto
   CHECK_FALSE(mine.held_by_other(2));
 }
 
+TEST_CASE("memory: a file that cannot be opened leaves the reason, and no lock") {
+  const channel_name name{"absent"};
+  errno = 0;
+  strait::file_locks none{name.path().c_str(), O_RDWR | O_CLOEXEC, 0};
+  CHECK(errno == ENOENT);
+  CHECK(none.descriptor() == -1);
+  CHECK_FALSE(none.try_lock(1));
+}
+
 TEST_CASE("memory: a child of fork holds no lock and drops none") {
   const channel_name name{"fork"};
   test::write_file(name.path(), {});
