@@ -326,7 +326,7 @@ class sender {
     }
     [[nodiscard]] bool look(bool) noexcept { return go_on(); }
     std::size_t finish(news& why) {
-      if (!messages_.empty()) sender_->fails(why);
+      if (!messages_.empty()) (void)sender_->fails(why);  // it says why
       return sent_;
     }
     [[nodiscard]] endpoint* end() const noexcept { return sender_->end_.get(); }
