@@ -76,6 +76,20 @@ inline constexpr std::uint64_t ready_budget = 1024;
   return cursor % ready_budget == ready_budget - 1;
 }
 
+/// The same for batches, which may step over that cursor each time.
+class batch_turn {
+ public:
+  batch_turn() = default;
+  explicit batch_turn(std::uint64_t cursor) noexcept : stretch_{cursor / ready_budget} {}
+  /// Whether the batch that begins at `cursor` gives the others their turn: it is the first of its stretch.
+  [[nodiscard]] bool due(std::uint64_t cursor) noexcept {
+    return std::exchange(stretch_, cursor / ready_budget) != cursor / ready_budget;
+  }
+
+ private:
+  std::uint64_t stretch_ = 0;
+};
+
 template <class T>
 class sender;
 template <class T>
@@ -321,8 +335,7 @@ class sender {
         : operation_base<send_many_operation, Errors>{errors}, sender_{&from}, messages_{messages} {}
     using operation_base<send_many_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept {
-      if (!sender_->ready_now()) return false;
-      return go_on();
+      return sender_->batch_ready_now() && go_on();
     }
     [[nodiscard]] bool look(bool) noexcept { return go_on(); }
     std::size_t finish(news& why) {
@@ -355,7 +368,7 @@ class sender {
     reserve_operation(sender& from, std::size_t n, Errors errors) noexcept
         : operation_base<reserve_operation, Errors>{errors}, sender_{&from}, count_{n} {}
     using operation_base<reserve_operation, Errors>::finish;
-    [[nodiscard]] bool ready_now() noexcept { return sender_->ready_now(); }
+    [[nodiscard]] bool ready_now() noexcept { return sender_->batch_ready_now(); }
     [[nodiscard]] bool look(bool) noexcept { return sender_->look(); }
     permit<T> finish(news& why) {
       if (sender_->fails(why)) return {};
@@ -376,6 +389,7 @@ class sender {
         slots_{reinterpret_cast<native_slot<T>*>(end->slots())},
         peer_word_{&end->peer_word()},
         barrier_{end->barrier()},
+        batch_turn_{lane_.tail()},
         end_{std::move(end)} {}
   sender(sender&& other) noexcept { *this = std::move(other); }
   sender& operator=(sender&& other) noexcept {
@@ -384,6 +398,7 @@ class sender {
     slots_ = std::exchange(other.slots_, nullptr);
     peer_word_ = std::exchange(other.peer_word_, &closed_word);
     barrier_ = other.barrier_;
+    batch_turn_ = other.batch_turn_;
     ending_ = std::exchange(other.ending_, news::none);
     end_ = std::move(other.end_);
     return *this;
@@ -482,6 +497,8 @@ class sender {
     }
     return !turn_due(lane_.tail()) && look();
   }
+
+  [[nodiscard]] bool batch_ready_now() noexcept { return !batch_turn_.due(lane_.tail()) && look(); }
 
   [[gnu::noinline]] bool look() noexcept {
     if (!end_) {
@@ -591,6 +608,7 @@ class sender {
   native_slot<T>* slots_ = nullptr;
   std::atomic<std::uint32_t>* peer_word_ = &closed_word;
   store_load barrier_ = store_load::by_fence;
+  batch_turn batch_turn_;
   news ending_ = news::none;
   std::unique_ptr<endpoint> end_;
 };
@@ -638,7 +656,7 @@ class receiver {
     recv_many_operation(receiver& from, std::span<T> into, Errors errors) noexcept
         : operation_base<recv_many_operation, Errors>{errors}, receiver_{&from}, into_{into} {}
     using operation_base<recv_many_operation, Errors>::finish;
-    [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
+    [[nodiscard]] bool ready_now() noexcept { return receiver_->batch_ready_now(); }
     [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
     std::size_t finish(news& why) {
       std::size_t taken = 0;
@@ -672,7 +690,7 @@ class receiver {
     peek_operation(receiver& from, Errors errors) noexcept
         : operation_base<peek_operation, Errors>{errors}, receiver_{&from} {}
     using operation_base<peek_operation, Errors>::finish;
-    [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
+    [[nodiscard]] bool ready_now() noexcept { return receiver_->batch_ready_now(); }
     [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
     std::span<const T> finish(news& why) {
       if (receiver_->lane_.known() == 0) receiver_->take_ending(why);
@@ -690,6 +708,7 @@ class receiver {
   explicit receiver(std::unique_ptr<endpoint> end) noexcept
       : lane_{end->lane(), end->capacity()},
         slots_{reinterpret_cast<native_slot<T>*>(end->slots())},
+        batch_turn_{lane_.head()},
         end_{std::move(end)} {}
   receiver(receiver&& other) noexcept { *this = std::move(other); }
   receiver& operator=(receiver&& other) noexcept {
@@ -698,6 +717,7 @@ class receiver {
     lane_ = std::exchange(other.lane_, {});
     slots_ = std::exchange(other.slots_, nullptr);
     gather_ = other.gather_;
+    batch_turn_ = other.batch_turn_;
     ending_ = std::exchange(other.ending_, news::none);
     end_ = std::move(other.end_);
     return *this;
@@ -791,6 +811,8 @@ class receiver {
     if (lane_.known() != 0 && !turn_due(lane_.head())) [[likely]] return true;
     return !turn_due(lane_.head()) && look(true);
   }
+
+  [[nodiscard]] bool batch_ready_now() noexcept { return !batch_turn_.due(lane_.head()) && look(true); }
 
   /// Whether there is a message, or a reason to wait no longer. `gather`: nobody is harmed by a short pause.
   [[gnu::noinline]] bool look(bool gather) noexcept {
@@ -902,6 +924,7 @@ class receiver {
   lane_consumer<> lane_;
   native_slot<T>* slots_ = nullptr;
   gather_pause gather_;
+  batch_turn batch_turn_;
   news ending_ = news::none;
   std::unique_ptr<endpoint> end_;
 };
