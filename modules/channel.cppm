@@ -335,7 +335,7 @@ class sender {
         : operation_base<send_many_operation, Errors>{errors}, sender_{&from}, messages_{messages} {}
     using operation_base<send_many_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept {
-      return sender_->batch_ready_now() && go_on();
+      return !sender_->batch_turn_.due(sender_->lane_.tail()) && go_on();
     }
     [[nodiscard]] bool look(bool) noexcept { return go_on(); }
     std::size_t finish(news& why) {
