@@ -174,7 +174,13 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
   }
 
   [[gnu::always_inline]] decltype(auto) await_resume() {
-    if (suspended_ != nullptr) [[unlikely]] suspended_->resume(*this);
+    if (suspended_ != nullptr) [[unlikely]] {
+      if constexpr (Operation::sets_errors) {
+        if (const std::error_code cancelled = reason_to_stop()) return operation_.finish_cancelled(cancelled);
+      } else {
+        suspended_->resume(*this);
+      }
+    }
     return operation_.finish();
   }
 
@@ -188,6 +194,16 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
     awaitable* self = nullptr;
     std::coroutine_handle<> awaiting;
   };
+
+  /// What Asio throws when the wait was cancelled, for an operation that sets its errors.
+  [[gnu::noinline]] std::error_code reason_to_stop() {
+    try {
+      suspended_->resume(*this);
+      return {};
+    } catch (const std::system_error& cancelled) {
+      return cancelled.code();
+    }
+  }
 
   /// What to do with `suspension_`.
   struct suspended_operations {
@@ -210,10 +226,12 @@ namespace strait {
 
 /// Errors of an operation are thrown ...
 struct errors_thrown {
+  static constexpr bool set = false;
   static constexpr std::error_code* code = nullptr;
 };
 /// ... or set. Two types, so that the throwing form, which is on everybody's path, carries no pointer.
 struct errors_set {
+  static constexpr bool set = true;
   std::error_code* code;
 };
 
@@ -221,6 +239,8 @@ struct errors_set {
 template <class Derived, class Errors>
 class operation_base {
  public:
+  static constexpr bool sets_errors = Errors::set;
+
   explicit operation_base(Errors errors) noexcept : errors_{errors} {}
 
   /// Does it; throws, or sets the caller's error code.
@@ -234,6 +254,18 @@ class operation_base {
       auto result = self.finish(why);
       if (why != news::none || errors_.code != nullptr) [[unlikely]] report(why, errors_.code, self.end_name());
       return result;
+    }
+  }
+
+  /// Ends it without having done anything more, for a reason that is not the channel's.
+  auto finish_cancelled(std::error_code why) {
+    auto& self = static_cast<Derived&>(*this);
+    *errors_.code = why;
+    news none = news::none;
+    if constexpr (requires { self.sent(); }) {
+      return self.sent();
+    } else {
+      return decltype(self.finish(none))();
     }
   }
 
@@ -342,6 +374,7 @@ class sender {
       if (!messages_.empty()) (void)sender_->fails(why);  // it says why
       return sent_;
     }
+    [[nodiscard]] std::size_t sent() const noexcept { return sent_; }
     [[nodiscard]] endpoint* end() const noexcept { return sender_->end_.get(); }
     [[nodiscard]] const std::string& end_name() const noexcept { return sender_->name(); }
 
