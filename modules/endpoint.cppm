@@ -295,7 +295,7 @@ bool endpoint::wait(Ready&& ready, std::optional<std::chrono::steady_clock::time
     const std::int64_t start = now_ns();
     std::int64_t last = start;
     const std::int64_t length = spin_.length();
-    while (length > 0) {
+    while (length > 0 || policy_ == wait_policy::busy) {
       constexpr int looks_between_clocks = 32;
       for (int i = 0; i < looks_between_clocks; ++i) {
         if (ready()) {
