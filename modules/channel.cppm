@@ -118,7 +118,7 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
   [[nodiscard, gnu::always_inline]] bool await_ready() noexcept { return operation_.ready_now(); }
 
   template <class Promise>
-  void await_suspend(std::coroutine_handle<Promise> awaiting) {
+  bool await_suspend(std::coroutine_handle<Promise> awaiting) {
     if constexpr (strait::asio_promise<Promise>) {
       strait::asio_suspension<Operation, Executor>::suspend(*this, awaiting);
     } else {
@@ -128,6 +128,8 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
       }
       if (hub == nullptr) hub = strait::hub::current();
       if (hub == nullptr) {
+        // Ready, and only meant to let others have their turn: here is nobody who could give it back.
+        if (operation_.look(false)) return false;
         strait::fail(strait::errc::no_hub,
                      "a coroutine has to wait: expected a strait::task, an asio::awaitable or a thread of "
                      "strait::runtime, found none of them");
@@ -154,10 +156,13 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
       // From here on another thread may resume us: nothing of this object is touched after.
       hub->wait(*waiting);
     }
+    return true;
   }
 
   [[gnu::always_inline]] decltype(auto) await_resume() {
-    if (suspended_ != nullptr) [[unlikely]] suspended_->resume(*this);
+    if (suspended_ != nullptr) [[unlikely]] {
+      if (!suspended_->resume(*this)) return operation_.nothing();
+    }
     return operation_.finish();
   }
 
@@ -175,8 +180,8 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
   /// What to do with `suspension_`.
   struct suspended_operations {
     void (*destroy)(awaitable&) noexcept;
-    /// Asio has something to say first: that the wait was cancelled.
-    void (*resume)(awaitable&);
+    /// Asio has something to say first: that the wait was cancelled (thrown, or set and false).
+    bool (*resume)(awaitable&);
   };
 
   Operation operation_;
@@ -219,6 +224,14 @@ class operation_base {
       return result;
     }
   }
+
+  /// What the caller gets when the wait was cancelled and he asked for an error code.
+  auto nothing() noexcept {
+    news why = news::none;
+    return decltype(static_cast<Derived&>(*this).finish(why))();
+  }
+  /// Where errors go; null: they are thrown.
+  [[nodiscard]] std::error_code* error() const noexcept { return errors_.code; }
 
  private:
   [[no_unique_address]] Errors errors_;
@@ -323,9 +336,11 @@ class sender {
     }
     [[nodiscard]] bool look(bool) noexcept { return go_on(); }
     std::size_t finish(news& why) {
-      if (!messages_.empty()) sender_->fails(why);
+      if (!messages_.empty()) (void)sender_->fails(why);  // `why` tells
       return sent_;
     }
+    /// When the wait was cancelled: what was sent before stays sent.
+    std::size_t nothing() const noexcept { return sent_; }
     [[nodiscard]] endpoint* end() const noexcept { return sender_->end_.get(); }
     [[nodiscard]] const std::string& end_name() const noexcept { return sender_->name(); }
 
@@ -691,7 +706,7 @@ class receiver {
   receiver(receiver&& other) noexcept { *this = std::move(other); }
   receiver& operator=(receiver&& other) noexcept {
     if (this == &other) return *this;
-    if (end_ && lane_.release_pending()) lane_.publish_head();
+    if (end_ && lane_.release_pending() && !end_->inherited()) lane_.publish_head();
     lane_ = std::exchange(other.lane_, {});
     slots_ = std::exchange(other.slots_, nullptr);
     gather_ = other.gather_;
@@ -797,7 +812,7 @@ class receiver {
       return true;
     }
     if (gather) gather_.before_look();
-    if (const std::uint64_t there = lane_.look(); there != 0) {
+    if (const std::uint64_t there = look_at_lane(); there != 0) {
       gather_.found(there);
       if (there > 1) {
         const std::uint64_t near = std::min(there, messages_ahead<T>);
@@ -813,10 +828,18 @@ class receiver {
     const news heard = end_->look_at_peer(lane_.head());
     if (heard == news::none) return false;
     // The peer published before it left; look_at_peer acquired that.
-    if (heard != news::corrupt && lane_.look() != 0) return true;
+    if (heard != news::corrupt && look_at_lane() != 0) return true;
     if (lane_.corrupt()) return corrupt();
     ending_ = heard;
     return true;
+  }
+
+  /// The messages that are there, up to where a dead sender's end: its death is told before its replacement's first.
+  std::uint64_t look_at_lane() noexcept {
+    const std::uint64_t there = lane_.look();
+    // A replacement published behind the declaration of the death, so whoever sees its message sees the death, too.
+    if (there == 0 || !end_->death_untold()) [[likely]] return there;
+    return lane_.limit(end_->died_at());
   }
 
   bool corrupt() noexcept {

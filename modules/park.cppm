@@ -44,6 +44,11 @@ enum class presence : std::uint32_t {
   dead = 5,
 };
 
+/// Whether a word that was read from shared memory is one of these.
+[[nodiscard]] constexpr bool is_presence(std::uint32_t word) noexcept {
+  return word <= static_cast<std::uint32_t>(presence::dead);
+}
+
 /// How the StoreLoad order between a publication and the read of the presence word is had. Fixed when a channel is
 /// created; all its ends must agree.
 enum class store_load : std::uint32_t {
@@ -181,7 +186,7 @@ class bell_latch {
 void futex_sleep(std::atomic<std::uint32_t>& word, presence parked,
                  std::optional<std::chrono::steady_clock::time_point> deadline) noexcept;
 
-/// Wakes the thread that sleeps on the word.
+/// Wakes every thread that sleeps on the word.
 void futex_wake(std::atomic<std::uint32_t>& word) noexcept;
 
 /// An eventfd by which a hub of this process is woken: a latch, readable from the first ring until `drain`.

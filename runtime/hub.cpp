@@ -101,14 +101,21 @@ class asio_hub final : public asio::execution_context::service, public hub {
     if (make_resident()) post_turn();
   }
 
-  void withdraw(hub_waiter& waiter) noexcept override {
-    if (waiter.owner != this) return;
-    std::unique_lock<std::mutex> lock;
-    if (turning_hub != this) lock = std::unique_lock{mutex_};
-    absorb_inbox();
-    remove(waiter);
-    // The ringer, if there was one, rang for the end, not for this waiter: the next that waits for it looks first.
-    if (announced_ && waiter.end != nullptr) waiter.end->hub_awake();
+  bool withdraw(hub_waiter& waiter) noexcept override {
+    bool last_of_parked = false;
+    {
+      std::unique_lock<std::mutex> lock;
+      if (turning_hub != this) lock = std::unique_lock{mutex_};
+      if (waiter.owner != this) return false;
+      absorb_inbox();
+      remove(waiter);
+      // The ringer, if there was one, rang for the end, not for this waiter: the next that waits for it looks first.
+      if (announced_ && waiter.end != nullptr) waiter.end->hub_awake();
+      last_of_parked = announced_ && waiters_.empty();
+    }
+    // Nobody rings any more, but the wait for the doorbell keeps the context's run() going: a turn ends it.
+    if (last_of_parked && make_resident()) post_turn();
+    return true;
   }
 
   void share(bool shared) noexcept override {
@@ -132,6 +139,13 @@ class asio_hub final : public asio::execution_context::service, public hub {
  private:
   /// The context ends: nothing is resumed any more, everything is freed.
   void shutdown() override {
+    // No end is touched from here on: a frame that is destroyed below may own the end that another one waits for, and the
+    // owner of a handle may have destroyed it before the context. What stands announced in their words rings a doorbell
+    // that is gone, once.
+    announced_ = false;
+    for (hub_waiter* waiter = inbox_.exchange(nullptr, std::memory_order_acquire); waiter != nullptr;) {
+      waiters_.push_back(*std::exchange(waiter, waiter->next));
+    }
     for (;;) {
       hub_root* root = nullptr;
       {
@@ -142,10 +156,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
       if (root == nullptr) break;
       root->destroy(*root);
     }
-    absorb_inbox();
     while (hub_waiter* waiter = waiters_.first()) {
       remove(*waiter);
-      if (announced_ && waiter->end != nullptr) waiter->end->hub_awake();
       if (waiter->abandon != nullptr) waiter->abandon(*waiter);
     }
     if (bell_wait_) {
@@ -239,11 +251,13 @@ class asio_hub final : public asio::execution_context::service, public hub {
     }
   }
 
-  /// Looks at every waiter once and completes those that are ready. Returns how many were.
+  /// Looks at the waiters and completes those that are ready, but not more than may run without a look at the clock: one
+  /// that waits again at once goes to the end of the list, so two that play ping-pong would keep a pass going for ever.
+  /// Returns how many were completed.
   int pass() {
     int completed = 0;
     const bool alone = waiters_.single();
-    for (cursor_ = waiters_.first(); cursor_ != nullptr;) {
+    for (cursor_ = waiters_.first(); cursor_ != nullptr && completed < completions_between_clocks;) {
       hub_waiter& waiter = *cursor_;
       cursor_ = waiter.next;
       if (!waiter.ready(waiter, alone)) continue;
@@ -251,6 +265,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
       ++completed;
       waiter.complete(waiter);
     }
+    cursor_ = nullptr;
     return completed;
   }
 
@@ -372,12 +387,17 @@ class asio_hub final : public asio::execution_context::service, public hub {
         return false;
       }
     }
-    for (hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) waiter->end->hub_sleeps();
+    for (hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) {
+      if (!waiter->end->hub_sleeps()) {
+        take_back_all();
+        return false;
+      }
+    }
     parked_at_ = now_ns();
     if (!armed_) {
-      armed_ = true;
       bell_wait_->async_wait(asio::posix::stream_descriptor::wait_read,
                              [this, arming = ++arming_](const std::error_code& error) { rung(error, arming); });
+      armed_ = true;  // not if the call above found no memory
     }
     if (rest(hub_state::parked)) return true;
     take_back_all();
@@ -387,7 +407,9 @@ class asio_hub final : public asio::execution_context::service, public hub {
   /// The doorbell is readable.
   void rung(const std::error_code& error, std::uint64_t arming) {
     {
-      const std::lock_guard lock{mutex_};
+      // A handler that the turn completes may call the context's poll(), and so this within the turn; it goes on after.
+      std::unique_lock<std::mutex> lock;
+      if (turning_hub != this) lock = std::unique_lock{mutex_};
       if (arming != arming_) return;
       armed_ = false;
       if (error) return;
