@@ -628,7 +628,7 @@ class receiver {
         : operation_base<recv_operation, Errors>{errors}, receiver_{&from} {}
     using operation_base<recv_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
-    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
+    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
     [[gnu::always_inline]] std::optional<T> finish(news& why) {
       if (receiver_->lane_.known() == 0) [[unlikely]] {
         receiver_->take_ending(why);
@@ -651,7 +651,7 @@ class receiver {
         : operation_base<recv_many_operation, Errors>{errors}, receiver_{&from}, into_{into} {}
     using operation_base<recv_many_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
-    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
+    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
     std::size_t finish(news& why) {
       std::size_t taken = 0;
       while (taken < into_.size()) {
@@ -685,7 +685,7 @@ class receiver {
         : operation_base<peek_operation, Errors>{errors}, receiver_{&from} {}
     using operation_base<peek_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
-    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
+    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
     std::span<const T> finish(news& why) {
       if (receiver_->lane_.known() == 0) receiver_->take_ending(why);
       return receiver_->span();
@@ -702,6 +702,7 @@ class receiver {
   explicit receiver(std::unique_ptr<endpoint> end) noexcept
       : lane_{end->lane(), end->capacity()},
         slots_{reinterpret_cast<native_slot<T>*>(end->slots())},
+        linger_{end->policy()},
         end_{std::move(end)} {}
   receiver(receiver&& other) noexcept { *this = std::move(other); }
   receiver& operator=(receiver&& other) noexcept {
@@ -710,6 +711,7 @@ class receiver {
     lane_ = std::exchange(other.lane_, {});
     slots_ = std::exchange(other.slots_, nullptr);
     gather_ = other.gather_;
+    linger_ = other.linger_;
     ending_ = std::exchange(other.ending_, news::none);
     end_ = std::move(other.end_);
     return *this;
@@ -801,7 +803,34 @@ class receiver {
  private:
   [[nodiscard, gnu::always_inline]] bool ready_now() noexcept {
     if (lane_.known() != 0 && !turn_due(lane_.head())) [[likely]] return true;
-    return !turn_due(lane_.head()) && look(true);
+    return !turn_due(lane_.head()) && look_in_place();
+  }
+
+  /// Looks, and lingers if the next message is near.
+  [[gnu::noinline]] bool look_in_place() noexcept {
+    if (look(true)) return true;
+    const std::uint32_t length = linger_.length();
+    if (length == 0) return false;
+    for (std::uint32_t i = 0; i < length; ++i) {
+      cpu_relax();
+      // What happened to the peer is for the waiter's look: here only a message counts.
+      if (look_at_lane() != 0) {
+        gather_.found(lane_.known());
+        return true;
+      }
+      if (lane_.corrupt()) return corrupt();
+    }
+    linger_.in_vain();
+    return false;
+  }
+
+  /// A waiter's look, from the hub.
+  bool look_for_hub(bool alone) noexcept {
+    if (!alone) return look(false);
+    ++hub_looks_;
+    if (!look(true)) return false;
+    linger_.hub_found(std::exchange(hub_looks_, 0));
+    return true;
   }
 
   /// Whether there is a message, or a reason to wait no longer. `gather`: nobody is harmed by a short pause.
@@ -922,6 +951,9 @@ class receiver {
   lane_consumer<> lane_;
   native_slot<T>* slots_ = nullptr;
   gather_pause gather_;
+  linger linger_;
+  /// How often the hub has looked since it began to wait.
+  std::uint32_t hub_looks_ = 0;
   news ending_ = news::none;
   std::unique_ptr<endpoint> end_;
 };

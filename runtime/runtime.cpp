@@ -220,7 +220,7 @@ runtime::runtime(const runtime_options& options) : state_{std::make_unique<state
       state_->workers.back()->cpu = cpu;
     }
   }
-  if (options.cpus && state_->workers.size() != options.cpus->size()) {
+  if (options.cpus && (options.cpus->empty() || state_->workers.size() != options.cpus->size())) {
     std::string asked;
     for (const unsigned cpu : *options.cpus) asked += (asked.empty() ? "" : ", ") + std::to_string(cpu);
     throw std::system_error{std::make_error_code(std::errc::invalid_argument),

@@ -220,7 +220,7 @@ TEST_CASE("memory: a node that is not there is an error that names it") {
 TEST_CASE("memory: a lock is held by one description, whoever owns the descriptor") {
   const channel_name name{"locks"};
   test::write_file(name.path(), {});
-  const auto open = [&] { return strait::file_locks{::open(name.path().c_str(), O_RDWR | O_CLOEXEC)}; };
+  const auto open = [&] { return strait::file_locks{name.path().c_str(), O_RDWR | O_CLOEXEC, 0}; };
   auto mine = open();
   auto other = open();
   REQUIRE(mine.try_lock(1));
@@ -245,7 +245,7 @@ TEST_CASE("memory: a lock is held by one description, whoever owns the descripto
 TEST_CASE("memory: a child of fork holds no lock and drops none") {
   const channel_name name{"fork"};
   test::write_file(name.path(), {});
-  strait::file_locks mine{::open(name.path().c_str(), O_RDWR | O_CLOEXEC)};
+  strait::file_locks mine{name.path().c_str(), O_RDWR | O_CLOEXEC, 0};
   REQUIRE(mine.try_lock(1));
   const std::uint32_t generation = strait::fork_generation();
   const ::pid_t child = ::fork();
@@ -263,7 +263,7 @@ TEST_CASE("memory: a child of fork holds no lock and drops none") {
   int status = 0;
   REQUIRE(::waitpid(child, &status, 0) == child);
   CHECK(status == 0);
-  const strait::file_locks other{::open(name.path().c_str(), O_RDWR | O_CLOEXEC)};
+  const strait::file_locks other{name.path().c_str(), O_RDWR | O_CLOEXEC, 0};
   CHECK(other.held_by_other(1));
   CHECK(strait::fork_generation() == generation);
 }
@@ -290,7 +290,7 @@ TEST_CASE("memory: a segment appears whole, and its gate is held") {
     found.map.data()[100] = std::byte{42};
     in = true;
   }};
-  const strait::file_locks onlooker{::open(name.path().c_str(), O_RDWR | O_CLOEXEC)};
+  const strait::file_locks onlooker{name.path().c_str(), O_RDWR | O_CLOEXEC, 0};
   CHECK(onlooker.held_by_other(strait::gate_byte));
   CHECK_FALSE(in);
   made.locks.unlock(strait::gate_byte);
@@ -369,7 +369,7 @@ TEST_CASE("memory: a foreign file under the name stays as it is") {
 TEST_CASE("memory: the lock of a foreign file is not waited for") {
   const channel_name name{"foreign-locked"};
   test::write_file(name.path(), {'x'});
-  strait::file_locks other{::open(name.path().c_str(), O_RDWR | O_CLOEXEC)};
+  strait::file_locks other{name.path().c_str(), O_RDWR | O_CLOEXEC, 0};
   REQUIRE(other.try_lock(strait::gate_byte));
   check_refused(errc::foreign_segment, {}, [&] {  // hangs if it does wait
     (void)test_segment{.name = strait::parse_memory_name(name.text())}.open();

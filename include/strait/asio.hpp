@@ -67,7 +67,9 @@ class handler_wait final : public hub_waiter {
     ::new (static_cast<void*>(made)) handler_wait{where, std::move(step), std::move(handler), executor};
     auto slot = asio::get_associated_cancellation_slot(made->handler_);
     if (slot.is_connected()) {
-      slot.assign([made](asio::cancellation_type) { made->cancel(); });
+      slot.assign([made](asio::cancellation_type type) {
+        if (type != asio::cancellation_type::none) made->cancel();
+      });
     }
     where.wait(*made);
   }
@@ -131,6 +133,11 @@ class handler_wait final : public hub_waiter {
 
   /// On the handler's executor: only here a message is taken.
   void finish(bool aborted) {
+    // On the way, another operation on the same handle may have taken what this one was woken for.
+    if (!aborted && !step_.look(false)) {
+      where_.wait(*this);
+      return;
+    }
     asio::get_associated_cancellation_slot(handler_).clear();
     auto left = dismantle();
     left.step.invoke(std::move(left.handler), aborted);
