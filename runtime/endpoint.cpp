@@ -5,6 +5,7 @@ module;
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -335,11 +336,13 @@ void endpoint::close() noexcept {
   // The hub may have ended without taking its announcement back, and a relay sleeps as long as that stands.
   take_back(own_word());
   relay_.reset();
-  segment_.locks.lock(gate_byte);
+  // Entering and leaving take microseconds. Who holds the gate for longer is stopped, and must not stop us as well: then
+  // the name is left to whoever comes next.
+  const bool at_the_gate = segment_.locks.lock_within(gate_byte, std::chrono::seconds{1});
   // release: as above.
   own_word().store(static_cast<std::uint32_t>(presence::closed), std::memory_order_release);
   ring(claim_ring(peer_word(), barrier_));
-  if (!segment_.locks.held_by_other(byte_of(other(role_)))) {
+  if (at_the_gate && !segment_.locks.held_by_other(byte_of(other(role_)))) {
     // Messages for a receiver that has yet to come keep the name; otherwise the last one out removes it.
     const bool undelivered = header_->lane.tail.load(std::memory_order_relaxed) !=
                              header_->lane.head.load(std::memory_order_relaxed);
