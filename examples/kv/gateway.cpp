@@ -115,12 +115,13 @@ asio::awaitable<void> gateway::wait_for_signal() {
 
 asio::awaitable<void> gateway::accept_clients() {
   asio::steady_timer pause(context_);
-  while (acceptor_.is_open()) {
+  for (;;) {
     std::error_code error;
     auto socket = co_await acceptor_.async_accept(asio::redirect_error(asio::use_awaitable, error));
+    if (!acceptor_.is_open()) co_return;  // a client that came at this very moment is too late, too
     if (!error) {
       open_session(std::move(socket));
-    } else if (acceptor_.is_open()) {
+    } else {
       // Most likely all file descriptors are taken. That passes, and until then there is no point in spinning.
       pause.expires_after(100ms);
       co_await pause.async_wait(asio::use_awaitable);
