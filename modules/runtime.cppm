@@ -90,7 +90,7 @@ class runtime {
   void spawn(task<> what);
 
   /// Waits until every spawned task has ended, or `stop` was called, and stops the workers. Throws the first exception
-  /// that left a task.
+  /// that left a task, or a handler of Asio on one of the workers.
   ///
   /// Waits: parks this thread, which must not be a worker. Errors: that exception.
   void join();
