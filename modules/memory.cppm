@@ -143,7 +143,8 @@ enum class verdict : std::uint8_t {
 /// Opens or creates a named segment and returns with its gate held.
 ///
 /// `examine` is called with the gate held, the first `min(size, header_bytes)` bytes of the file and the file's size; it
-/// throws, naming both sides, when the segment is not ours to enter, and tells how many bytes to map otherwise.
+/// throws, naming both sides, when the segment is not ours to enter. `bytes_to_map` is called with the same bytes, once
+/// before the gate is taken, to see that this is a segment at all, and once to tell how many bytes to map.
 ///
 /// Waits: parks while another end is entering or leaving. Allocates: the segment. Errors: `no_space`, `no_permission`,
 /// `foreign_segment` for what is no file, what `examine` throws, or the errno of the failing call. Complexity: a dozen system calls; touching the pages dominates.
