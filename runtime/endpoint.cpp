@@ -239,6 +239,8 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     return verdict::enter;
   };
 
+  // Now, because it may fail: later there would be a segment to be taken back.
+  (void)this_process();
   made->segment_ = open_segment(made->name_, options.open, plan, sizeof(segment_header), examine, bytes_to_map);
   made->adopt(*std::launder(reinterpret_cast<segment_header*>(made->segment_.map.data())), mine, options);
   made->enter();
