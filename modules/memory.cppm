@@ -88,8 +88,10 @@ class mapping {
 class file_locks {
  public:
   file_locks() = default;
-  /// Takes the descriptor over.
+  /// Takes the descriptor over. A fork between its `open` and this leaves a copy in the child that nobody closes.
   explicit file_locks(int descriptor);
+  /// Opens a file for its locks, at once against any fork. Check `descriptor()`: -1, and `errno`, when it failed.
+  [[nodiscard]] static file_locks open(const std::string& path, int flags, unsigned mode = 0);
   file_locks(file_locks&& other) noexcept;
   file_locks& operator=(file_locks&& other) noexcept;
   /// Drops all locks.

@@ -84,11 +84,10 @@ struct ::flock byte_lock(short type, std::uint64_t byte) {
 /// A file in the memory file system that has no name yet, filled and with its gate held.
 segment make_nameless(const memory_name& name, const segment_plan& plan) {
   const std::string what = name.text();
-  const int descriptor =
-      ::open(std::string{shm_directory}.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, static_cast<mode_t>(plan.mode));
-  if (descriptor < 0) fail_errno(errno, what + ": creating a file in " + std::string{shm_directory});
   segment made;
-  made.locks = file_locks{descriptor};
+  made.locks = file_locks::open(std::string{shm_directory}, O_TMPFILE | O_RDWR | O_CLOEXEC, plan.mode);
+  const int descriptor = made.locks.descriptor();
+  if (descriptor < 0) fail_errno(errno, what + ": creating a file in " + std::string{shm_directory});
   // The umask must not make a channel narrower than was asked for.
   if (::fchmod(descriptor, static_cast<mode_t>(plan.mode)) != 0) fail_errno(errno, what + ": setting its mode");
   if (::ftruncate(descriptor, static_cast<off_t>(plan.bytes)) != 0) {
@@ -225,6 +224,23 @@ file_locks::file_locks(int descriptor) : descriptor_{descriptor} {
   list.descriptors.insert(descriptor);
 }
 
+file_locks file_locks::open(const std::string& path, int flags, unsigned mode) {
+  file_locks made;
+  auto& list = locks_of_process();
+  // Under the mutex that fork takes: no child gets the descriptor without an entry by which it closes it.
+  const std::lock_guard guard{list.mutex};
+  const int descriptor = ::open(path.c_str(), flags, static_cast<mode_t>(mode));
+  if (descriptor < 0) return made;
+  try {
+    list.descriptors.insert(descriptor);
+  } catch (...) {
+    ::close(descriptor);
+    throw;
+  }
+  made.descriptor_ = descriptor;
+  return made;
+}
+
 file_locks::file_locks(file_locks&& other) noexcept : descriptor_{std::exchange(other.descriptor_, -1)} {}
 
 file_locks& file_locks::operator=(file_locks&& other) noexcept {
@@ -276,7 +292,9 @@ segment open_segment(const memory_name& name, open_mode mode, const segment_plan
   const std::string path = path_of(name);
   for (;;) {
     // O_NOFOLLOW: a link that somebody planted under the name leads nowhere. O_NONBLOCK: neither does a FIFO.
-    const int descriptor = ::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    segment found;
+    found.locks = file_locks::open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    const int descriptor = found.locks.descriptor();
     if (descriptor < 0) {
       if (errno != ENOENT) fail_errno(errno, name.text() + ": opening " + path);
       if (mode == open_mode::open) fail_errno(ENOENT, name.text() + ": expected an existing channel at " + path);
@@ -284,8 +302,6 @@ segment open_segment(const memory_name& name, open_mode mode, const segment_plan
       if (give_name(name, made.locks.descriptor())) return made;
       continue;  // somebody else was faster: open his
     }
-    segment found;
-    found.locks = file_locks{descriptor};
     struct ::stat file{};
     if (::fstat(descriptor, &file) != 0) fail_errno(errno, name.text() + ": looking at " + path);
     if (!S_ISREG(file.st_mode)) {
