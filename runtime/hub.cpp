@@ -84,7 +84,11 @@ class asio_hub final : public asio::execution_context::service, public hub {
   /// The first executor that asks decides where turns run.
   void use(const asio::any_io_executor& executor) {
     // Not under mutex_: a coroutine that is resumed by the turn may ask.
-    std::call_once(used_, [&] { executor_ = without_strand(executor); });
+    std::call_once(used_, [&] {
+      executor_ = without_strand(executor);
+      // Now, because it may need Asio to open a reactor: when it is time to park there may be no descriptors left.
+      bell_wait_.emplace(executor_, bell_.descriptor());
+    });
   }
 
   void wait(hub_waiter& waiter) noexcept override {
@@ -342,7 +346,6 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   /// Announces, looks once more, and leaves the context to its reactor. False: there was something.
   bool park() {
-    if (!bell_wait_) bell_wait_.emplace(executor_, bell_.descriptor());
     bool by_process = false;
     bool by_machine = false;
     bool by_fence = false;
