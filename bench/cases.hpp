@@ -1,6 +1,7 @@
 // What is measured, and the rounds in which it is.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <span>
@@ -29,8 +30,13 @@ struct plan {
   unsigned rounds = 9;
   bool quick = false;
   plant fault = plant::none;
-  /// Only subjects whose names begin so.
-  std::string subject_prefix;
+  /// Only subjects whose names begin with one of these; all when there are none.
+  std::vector<std::string> subject_prefixes;
+  [[nodiscard]] bool wants(std::string_view subject) const {
+    return subject_prefixes.empty() ||
+           std::any_of(subject_prefixes.begin(), subject_prefixes.end(),
+                       [&](const std::string& prefix) { return subject.starts_with(prefix); });
+  }
 };
 
 /// Told before each round: which round (0 while the sizes of the rounds are found), of which subject.

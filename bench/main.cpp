@@ -34,7 +34,7 @@ message. Takes a minute or two.
   --rounds N        interleaved rounds for each subject (default 9; figures that are to be published need at least 9)
   --quick           shorter rounds: to see that it works, not how fast
   --case PREFIX     only the cases whose names begin with PREFIX
-  --subject PREFIX  only the subjects whose names begin with PREFIX
+  --subject PREFIX  only the subjects whose names begin with PREFIX; may be given several times
   --help            this text
 
 Exit status: 0 when every message came whole, once and in order; 1 when one did not, or a process failed; 2 when the
@@ -69,7 +69,7 @@ options parse(int argc, char** argv) {
     } else if (option == "--case") {
       chosen.case_prefix = value();
     } else if (option == "--subject") {
-      chosen.plan.subject_prefix = value();
+      chosen.plan.subject_prefixes.emplace_back(value());
     } else if (option == "--rounds") {
       const std::string_view text = value();
       const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), chosen.plan.rounds);
@@ -180,12 +180,12 @@ int demonstrate(const options& chosen) {
     known += fmt::format("{}{}", known.empty() ? "" : ", ", one.name);
     if (!one.name.starts_with(chosen.case_prefix)) continue;
     const bool any = std::any_of(one.subjects.begin(), one.subjects.end(),
-                                 [&](std::string_view name) { return name.starts_with(chosen.plan.subject_prefix); });
+                                 [&](std::string_view name) { return chosen.plan.wants(name); });
     if (any) wanted.push_back(&one);
   }
   if (wanted.empty()) {
     throw usage_error{fmt::format("expected the beginning of one of {}, with one of its subjects; found '{}' with '{}'",
-                                  known, chosen.case_prefix, chosen.plan.subject_prefix)};
+                                  known, chosen.case_prefix, fmt::join(chosen.plan.subject_prefixes, ", "))};
   }
   std::optional<json_file> file;
   if (!chosen.json.empty()) file.emplace(chosen.json);

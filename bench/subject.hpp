@@ -32,6 +32,8 @@ struct subject {
   std::vector<std::string_view> variants = {};
   /// Removes from the system what names the ends have made, once both are set up or one has failed; in the conductor.
   void (*forget_names)(std::uint64_t nonce) = nullptr;
+  /// Whether the ends share a ring of `capacity_for` messages. A round that fits into it would measure one end alone.
+  bool is_ring = false;
   /// Whether the end pins itself: a library that places its own workers is told where.
   bool pins_itself = false;
 };

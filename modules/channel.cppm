@@ -68,7 +68,27 @@ inline constexpr message_shape shape_of{message_traits<T>::name, message_traits<
 /// How many messages an awaited operation takes or puts without suspending before its coroutine lets others have their
 /// turn once. A suspension costs some tens of nanoseconds, so this is invisible in the mean; its length is what a
 /// neighbour waits at most.
-inline constexpr std::uint32_t ready_budget = 1024;
+inline constexpr std::uint64_t ready_budget = 1024;
+
+/// Whether the operation on message number `cursor` gives the others their turn. The cursor counts already, so that the
+/// budget costs no counter of its own.
+[[nodiscard]] constexpr bool turn_due(std::uint64_t cursor) noexcept {
+  return cursor % ready_budget == ready_budget - 1;
+}
+
+/// The same for batches, which may step over that cursor each time.
+class batch_turn {
+ public:
+  batch_turn() = default;
+  inline explicit batch_turn(std::uint64_t cursor) noexcept : stretch_{cursor / ready_budget} {}
+  /// Whether the batch that begins at `cursor` gives the others their turn: it is the first of its stretch.
+  [[nodiscard]] inline bool due(std::uint64_t cursor) noexcept {
+    return std::exchange(stretch_, cursor / ready_budget) != cursor / ready_budget;
+  }
+
+ private:
+  std::uint64_t stretch_ = 0;
+};
 
 template <class T>
 class sender;
@@ -106,13 +126,13 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
   awaitable(awaitable&& other) noexcept : operation_{std::move(other.operation_)} {}
   awaitable& operator=(awaitable&&) = delete;
   ~awaitable() {
-    if (destroy_suspension_ != nullptr) [[unlikely]] destroy_suspension_(*this);
+    if (suspended_ != nullptr) [[unlikely]] suspended_->destroy(*this);
   }
 
-  [[nodiscard]] bool await_ready() noexcept { return operation_.ready_now(); }
+  [[nodiscard, gnu::always_inline]] bool await_ready() noexcept { return operation_.ready_now(); }
 
   template <class Promise>
-  void await_suspend(std::coroutine_handle<Promise> awaiting) {
+  bool await_suspend(std::coroutine_handle<Promise> awaiting) {
     if constexpr (strait::asio_promise<Promise>) {
       strait::asio_suspension<Operation, Executor>::suspend(*this, awaiting);
     } else {
@@ -122,6 +142,8 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
       }
       if (hub == nullptr) hub = strait::hub::current();
       if (hub == nullptr) {
+        // Ready, and only meant to let others have their turn: here is nobody who could give it back.
+        if (operation_.look(false)) return false;
         strait::fail(strait::errc::no_hub,
                      "a coroutine has to wait: expected a strait::task, an asio::awaitable or a thread of "
                      "strait::runtime, found none of them");
@@ -135,20 +157,30 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
       };
       waiting->complete = [](strait::hub_waiter& waiter) {
         auto& me = static_cast<plain_suspension&>(waiter);
-        me.self->destroy_suspension_ = nullptr;
+        me.self->suspended_ = nullptr;
         me.awaiting.resume();
       };
-      destroy_suspension_ = [](awaitable& self) noexcept {
-        auto* me = std::launder(reinterpret_cast<plain_suspension*>(self.suspension_));
-        if (me->owner != nullptr) me->owner->withdraw(*me);
-      };
+      static constexpr suspended_operations plain{
+          .destroy = [](awaitable& self) noexcept {
+            auto* me = std::launder(reinterpret_cast<plain_suspension*>(self.suspension_));
+            if (me->owner != nullptr) me->owner->withdraw(*me);
+          },
+          .resume = nullptr};  // not suspended any more when it resumes
+      suspended_ = &plain;
       // From here on another thread may resume us: nothing of this object is touched after.
       hub->wait(*waiting);
     }
+    return true;
   }
 
-  decltype(auto) await_resume() {
-    if (resume_suspension_ != nullptr) [[unlikely]] resume_suspension_(*this);
+  [[gnu::always_inline]] decltype(auto) await_resume() {
+    if (suspended_ != nullptr) [[unlikely]] {
+      if constexpr (Operation::sets_errors) {
+        if (const std::error_code cancelled = reason_to_stop()) return operation_.finish_cancelled(cancelled);
+      } else {
+        suspended_->resume(*this);
+      }
+    }
     return operation_.finish();
   }
 
@@ -163,11 +195,26 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
     std::coroutine_handle<> awaiting;
   };
 
+  /// What Asio throws when the wait was cancelled, for an operation that sets its errors.
+  [[gnu::noinline]] std::error_code reason_to_stop() {
+    try {
+      suspended_->resume(*this);
+      return {};
+    } catch (const std::system_error& cancelled) {
+      return cancelled.code();
+    }
+  }
+
+  /// What to do with `suspension_`.
+  struct suspended_operations {
+    void (*destroy)(awaitable&) noexcept;
+    /// Asio has something to say first: that the wait was cancelled.
+    void (*resume)(awaitable&);
+  };
+
   Operation operation_;
-  /// Set while the operation waits.
-  void (*destroy_suspension_)(awaitable&) noexcept = nullptr;
-  /// Set when Asio has something to say first: that the wait was cancelled.
-  void (*resume_suspension_)(awaitable&) = nullptr;
+  /// Null unless `suspension_` holds something: the one word that every awaited operation pays for being able to wait.
+  const suspended_operations* suspended_ = nullptr;
   /// Nothing is written here unless the operation waits.
   alignas(plain_suspension) std::byte suspension_[sizeof(plain_suspension)];
 };
@@ -177,28 +224,53 @@ namespace strait {
 /// Turns what happened to the peer into what the caller asked for.
 [[gnu::cold]] void report(news why, std::error_code* error, const std::string& channel);
 
+/// Errors of an operation are thrown ...
+struct errors_thrown {
+  static constexpr bool set = false;
+  static constexpr std::error_code* code = nullptr;
+};
+/// ... or set. Two types, so that the throwing form, which is on everybody's path, carries no pointer.
+struct errors_set {
+  static constexpr bool set = true;
+  std::error_code* code;
+};
+
 /// The steps that all operations share. `Derived` has `finish(news&)`.
-template <class Derived>
+template <class Derived, class Errors>
 class operation_base {
  public:
-  explicit operation_base(std::error_code* error) noexcept : error_{error} {}
+  static constexpr bool sets_errors = Errors::set;
+
+  explicit operation_base(Errors errors) noexcept : errors_{errors} {}
 
   /// Does it; throws, or sets the caller's error code.
-  decltype(auto) finish() {
+  [[gnu::always_inline]] decltype(auto) finish() {
     auto& self = static_cast<Derived&>(*this);
     news why = news::none;
     if constexpr (std::is_void_v<decltype(self.finish(why))>) {
       self.finish(why);
-      if (why != news::none || error_ != nullptr) [[unlikely]] report(why, error_, self.end_name());
+      if (why != news::none || errors_.code != nullptr) [[unlikely]] report(why, errors_.code, self.end_name());
     } else {
       auto result = self.finish(why);
-      if (why != news::none || error_ != nullptr) [[unlikely]] report(why, error_, self.end_name());
+      if (why != news::none || errors_.code != nullptr) [[unlikely]] report(why, errors_.code, self.end_name());
       return result;
     }
   }
 
+  /// Ends it without having done anything more, for a reason that is not the channel's.
+  auto finish_cancelled(std::error_code why) {
+    auto& self = static_cast<Derived&>(*this);
+    *errors_.code = why;
+    news none = news::none;
+    if constexpr (requires { self.sent(); }) {
+      return self.sent();
+    } else {
+      return decltype(self.finish(none))();
+    }
+  }
+
  private:
-  std::error_code* error_;
+  [[no_unique_address]] Errors errors_;
 };
 
 }  // namespace strait
@@ -209,6 +281,17 @@ export namespace strait {
 template <class Operation>
 using awaitable_operation = asio::awaitable<awaited<Operation>, asio::any_io_executor>;
 
+/// How far ahead of a cursor its owner fetches slots. A line that the other CPU wrote takes some 100 to 200 ns to come, in
+/// which dozens of messages could be handled; the out-of-order window of a CPU reaches over one or two lines, and the
+/// hardware's own prefetcher does not cross lines that are modified elsewhere in time.
+inline constexpr std::size_t bytes_ahead = 512;
+
+/// Messages between two prefetches, a line's worth of small ones, and how many messages ahead they go.
+template <class T>
+inline constexpr std::uint64_t messages_a_line = sizeof(T) >= 64 ? 1 : 64 / sizeof(T);
+template <class T>
+inline constexpr std::uint64_t messages_ahead = sizeof(T) >= bytes_ahead ? 1 : bytes_ahead / sizeof(T);
+
 /// A word that says `closed`, for handles that closed or were moved from.
 inline std::atomic<std::uint32_t> closed_word{static_cast<std::uint32_t>(presence::closed)};
 
@@ -218,7 +301,8 @@ template <class T>
 class [[nodiscard]] permit {
  public:
   permit() = default;
-  permit(permit&& other) noexcept : sender_{std::exchange(other.sender_, nullptr)}, messages_{other.messages_} {}
+  permit(permit&& other) noexcept
+      : sender_{std::exchange(other.sender_, nullptr)}, messages_{std::exchange(other.messages_, {})} {}
   permit& operator=(permit&& other) noexcept {
     std::swap(sender_, other.sender_);
     std::swap(messages_, other.messages_);
@@ -232,7 +316,8 @@ class [[nodiscard]] permit {
   ///
   /// Waits: never. Allocates: never. Errors: none. Complexity: one store.
   void commit(std::size_t n) noexcept {
-    if (n != 0) sender_->commit(n > messages_.size() ? messages_.size() : n);
+    n = std::min(n, messages_.size());
+    if (n != 0) sender_->commit(n);  // an empty permit may have no sender
     messages_ = {};
   }
   /// Sends all of them.
@@ -249,21 +334,22 @@ class [[nodiscard]] permit {
 ///
 /// Every operation reports `errc::closed` when the receiver closed, `errc::peer_died` once when its process died (the
 /// handle stays usable: what is sent next goes to a replacement), and `errc::corrupt` when the shared memory holds an
-/// impossible value. An operation that reports an error sent nothing.
+/// impossible value. An operation that reports an error sent nothing; `send_many` tells how much it had sent before.
 template <class T>
 class sender {
  public:
   using value_type = T;
 
   /// One message to be sent.
-  class send_operation : public operation_base<send_operation> {
+  template <class Errors = errors_thrown>
+  class send_operation : public operation_base<send_operation<Errors>, Errors> {
    public:
-    send_operation(sender& from, T message, std::error_code* error) noexcept(std::is_nothrow_move_constructible_v<T>)
-        : operation_base<send_operation>{error}, sender_{&from}, message_{std::move(message)} {}
-    using operation_base<send_operation>::finish;
+    send_operation(sender& from, T message, Errors errors) noexcept(std::is_nothrow_move_constructible_v<T>)
+        : operation_base<send_operation, Errors>{errors}, sender_{&from}, message_{std::move(message)} {}
+    using operation_base<send_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept { return sender_->ready_now(); }
     [[nodiscard]] bool look(bool) noexcept { return sender_->look(); }
-    void finish(news& why) {
+    [[gnu::always_inline]] void finish(news& why) {
       if (sender_->fails(why)) [[unlikely]] return;
       sender_->push(std::move(message_));
     }
@@ -276,20 +362,21 @@ class sender {
   };
 
   /// Many messages to be sent.
-  class send_many_operation : public operation_base<send_many_operation> {
+  template <class Errors = errors_thrown>
+  class send_many_operation : public operation_base<send_many_operation<Errors>, Errors> {
    public:
-    send_many_operation(sender& from, std::span<const T> messages, std::error_code* error) noexcept
-        : operation_base<send_many_operation>{error}, sender_{&from}, messages_{messages} {}
-    using operation_base<send_many_operation>::finish;
+    send_many_operation(sender& from, std::span<const T> messages, Errors errors) noexcept
+        : operation_base<send_many_operation, Errors>{errors}, sender_{&from}, messages_{messages} {}
+    using operation_base<send_many_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept {
-      if (!sender_->ready_now()) return false;
-      return go_on();
+      return !sender_->batch_turn_.due(sender_->lane_.tail()) && go_on();
     }
     [[nodiscard]] bool look(bool) noexcept { return go_on(); }
     std::size_t finish(news& why) {
-      if (!messages_.empty()) sender_->fails(why);
+      if (!messages_.empty()) (void)sender_->fails(why);  // it says why
       return sent_;
     }
+    [[nodiscard]] std::size_t sent() const noexcept { return sent_; }
     [[nodiscard]] endpoint* end() const noexcept { return sender_->end_.get(); }
     [[nodiscard]] const std::string& end_name() const noexcept { return sender_->name(); }
 
@@ -310,12 +397,13 @@ class sender {
   };
 
   /// Room to be reserved.
-  class reserve_operation : public operation_base<reserve_operation> {
+  template <class Errors = errors_thrown>
+  class reserve_operation : public operation_base<reserve_operation<Errors>, Errors> {
    public:
-    reserve_operation(sender& from, std::size_t n, std::error_code* error) noexcept
-        : operation_base<reserve_operation>{error}, sender_{&from}, count_{n} {}
-    using operation_base<reserve_operation>::finish;
-    [[nodiscard]] bool ready_now() noexcept { return sender_->ready_now(); }
+    reserve_operation(sender& from, std::size_t n, Errors errors) noexcept
+        : operation_base<reserve_operation, Errors>{errors}, sender_{&from}, count_{n} {}
+    using operation_base<reserve_operation, Errors>::finish;
+    [[nodiscard]] bool ready_now() noexcept { return sender_->batch_ready_now(); }
     [[nodiscard]] bool look(bool) noexcept { return sender_->look(); }
     permit<T> finish(news& why) {
       if (sender_->fails(why)) return {};
@@ -336,6 +424,7 @@ class sender {
         slots_{reinterpret_cast<native_slot<T>*>(end->slots())},
         peer_word_{&end->peer_word()},
         barrier_{end->barrier()},
+        batch_turn_{lane_.tail()},
         end_{std::move(end)} {}
   sender(sender&& other) noexcept { *this = std::move(other); }
   sender& operator=(sender&& other) noexcept {
@@ -344,7 +433,7 @@ class sender {
     slots_ = std::exchange(other.slots_, nullptr);
     peer_word_ = std::exchange(other.peer_word_, &closed_word);
     barrier_ = other.barrier_;
-    until_turn_ = other.until_turn_;
+    batch_turn_ = other.batch_turn_;
     ending_ = std::exchange(other.ending_, news::none);
     end_ = std::move(other.end_);
     return *this;
@@ -354,11 +443,11 @@ class sender {
   ///
   /// Waits: in the hub while the lane is full; never otherwise. Cancel safety: a send that is cancelled or destroyed
   /// while it waits sent nothing. Allocates: never. Errors: as the class says, thrown or set. Complexity: constant.
-  [[nodiscard]] awaitable_operation<send_operation> send(T message) {
-    return awaitable_operation<send_operation>{send_operation{*this, std::move(message), nullptr}};
+  [[nodiscard]] awaitable_operation<send_operation<>> send(T message) {
+    return awaitable_operation<send_operation<>>{send_operation<>{*this, std::move(message), {}}};
   }
-  [[nodiscard]] awaitable_operation<send_operation> send(T message, std::error_code& error) {
-    return awaitable_operation<send_operation>{send_operation{*this, std::move(message), &error}};
+  [[nodiscard]] awaitable_operation<send_operation<errors_set>> send(T message, std::error_code& error) {
+    return awaitable_operation<send_operation<errors_set>>{send_operation<errors_set>{*this, std::move(message), errors_set{&error}}};
   }
 
   /// Sends all messages of the span, in contiguous batches that cost one store each. To be awaited; yields how many were
@@ -366,30 +455,30 @@ class sender {
   ///
   /// Waits: in the hub while the lane is full. Cancel safety: what was sent before the cancellation stays sent, so cancel
   /// only what may be sent in part. Allocates: never. Errors: as the class says. Complexity: linear.
-  [[nodiscard]] awaitable_operation<send_many_operation> send_many(std::span<const T> messages)
+  [[nodiscard]] awaitable_operation<send_many_operation<>> send_many(std::span<const T> messages)
     requires std::is_trivially_copyable_v<T>
   {
-    return awaitable_operation<send_many_operation>{send_many_operation{*this, messages, nullptr}};
+    return awaitable_operation<send_many_operation<>>{send_many_operation<>{*this, messages, {}}};
   }
-  [[nodiscard]] awaitable_operation<send_many_operation> send_many(std::span<const T> messages, std::error_code& error)
+  [[nodiscard]] awaitable_operation<send_many_operation<errors_set>> send_many(std::span<const T> messages, std::error_code& error)
     requires std::is_trivially_copyable_v<T>
   {
-    return awaitable_operation<send_many_operation>{send_many_operation{*this, messages, &error}};
+    return awaitable_operation<send_many_operation<errors_set>>{send_many_operation<errors_set>{*this, messages, errors_set{&error}}};
   }
 
   /// Reserves room for 1 to `n` messages in the lane itself. To be awaited; yields a permit.
   ///
   /// Waits: in the hub while the lane is full. Cancel safety: nothing happened. Allocates: never. Errors: as the class
   /// says. Complexity: constant.
-  [[nodiscard]] awaitable_operation<reserve_operation> reserve(std::size_t n)
+  [[nodiscard]] awaitable_operation<reserve_operation<>> reserve(std::size_t n)
     requires std::is_trivially_copyable_v<T>
   {
-    return awaitable_operation<reserve_operation>{reserve_operation{*this, n, nullptr}};
+    return awaitable_operation<reserve_operation<>>{reserve_operation<>{*this, n, {}}};
   }
-  [[nodiscard]] awaitable_operation<reserve_operation> reserve(std::size_t n, std::error_code& error)
+  [[nodiscard]] awaitable_operation<reserve_operation<errors_set>> reserve(std::size_t n, std::error_code& error)
     requires std::is_trivially_copyable_v<T>
   {
-    return awaitable_operation<reserve_operation>{reserve_operation{*this, n, &error}};
+    return awaitable_operation<reserve_operation<errors_set>>{reserve_operation<errors_set>{*this, n, errors_set{&error}}};
   }
 
   /// Sends one message if there is room. False: there is none, and `message` is as it was.
@@ -425,8 +514,10 @@ class sender {
   [[nodiscard]] bool is_closed() const noexcept { return !end_ || end_->peer_closed(); }
   /// Messages sent and not yet released by the receiver, at most an eighth of the capacity more than it has taken.
   [[nodiscard]] std::size_t depth() const noexcept {
-    // relaxed: a figure that may be old when it is read.
-    return end_ ? static_cast<std::size_t>(lane_.tail() - end_->lane().head.load(std::memory_order_relaxed)) : 0;
+    if (!end_) return 0;
+    // relaxed: a figure that may be old when it is read. What cannot be is for the next operation to find out.
+    const std::uint64_t there = lane_.tail() - end_->lane().head.load(std::memory_order_relaxed);
+    return static_cast<std::size_t>(std::min(there, lane_.capacity()));
   }
   [[nodiscard]] std::size_t capacity() const noexcept { return static_cast<std::size_t>(lane_.capacity()); }
 
@@ -434,19 +525,17 @@ class sender {
   friend class permit<T>;
 
   /// Room and an awake receiver: one load, two compares.
-  [[nodiscard]] bool ready_now() noexcept {
+  [[nodiscard, gnu::always_inline]] bool ready_now() noexcept {
     // relaxed: `closed` only has to be seen soon; what a parked receiver needs is in claim_ring.
     if (lane_.known_room() != 0 &&
         peer_word_->load(std::memory_order_relaxed) == static_cast<std::uint32_t>(presence::awake) &&
-        --until_turn_ != 0) [[likely]] {
+        !turn_due(lane_.tail())) [[likely]] {
       return true;
     }
-    if (until_turn_ == 0) {
-      until_turn_ = ready_budget;
-      return false;
-    }
-    return look();
+    return !turn_due(lane_.tail()) && look();
   }
+
+  [[nodiscard]] bool batch_ready_now() noexcept { return !batch_turn_.due(lane_.tail()) && look(); }
 
   [[gnu::noinline]] bool look() noexcept {
     if (!end_) {
@@ -470,13 +559,17 @@ class sender {
   }
 
   template <class U>
-  void push(U&& message) {
+  [[gnu::always_inline]] void push(U&& message) {
     lane_.template push<T>(slots_, std::forward<U>(message));
     published();
+    // Only slots that are known to be free: the receiver still reads the others.
+    if (lane_.tail() % messages_a_line<T> == 0 && lane_.known_room() > messages_ahead<T>) {
+      prefetch_for_writing(&slots_[(lane_.tail() + messages_ahead<T>) & (lane_.capacity() - 1)]);
+    }
   }
 
   /// The one check after a publication: does the receiver sleep?
-  void published() noexcept {
+  [[gnu::always_inline]] void published() noexcept {
     const presence receiver = claim_ring(*peer_word_, barrier_);
     if (receiver != presence::awake) [[unlikely]] end_->ring(receiver);
   }
@@ -552,7 +645,7 @@ class sender {
   native_slot<T>* slots_ = nullptr;
   std::atomic<std::uint32_t>* peer_word_ = &closed_word;
   store_load barrier_ = store_load::by_fence;
-  std::uint32_t until_turn_ = ready_budget;
+  batch_turn batch_turn_;
   news ending_ = news::none;
   std::unique_ptr<endpoint> end_;
 };
@@ -571,14 +664,15 @@ class receiver {
   using value_type = T;
 
   /// One message to be received.
-  class recv_operation : public operation_base<recv_operation> {
+  template <class Errors = errors_thrown>
+  class recv_operation : public operation_base<recv_operation<Errors>, Errors> {
    public:
-    recv_operation(receiver& from, std::error_code* error) noexcept
-        : operation_base<recv_operation>{error}, receiver_{&from} {}
-    using operation_base<recv_operation>::finish;
+    recv_operation(receiver& from, Errors errors) noexcept
+        : operation_base<recv_operation, Errors>{errors}, receiver_{&from} {}
+    using operation_base<recv_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
-    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
-    std::optional<T> finish(news& why) {
+    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
+    [[gnu::always_inline]] std::optional<T> finish(news& why) {
       if (receiver_->lane_.known() == 0) [[unlikely]] {
         receiver_->take_ending(why);
         return std::nullopt;
@@ -593,13 +687,14 @@ class receiver {
   };
 
   /// Many messages to be received into a span.
-  class recv_many_operation : public operation_base<recv_many_operation> {
+  template <class Errors = errors_thrown>
+  class recv_many_operation : public operation_base<recv_many_operation<Errors>, Errors> {
    public:
-    recv_many_operation(receiver& from, std::span<T> into, std::error_code* error) noexcept
-        : operation_base<recv_many_operation>{error}, receiver_{&from}, into_{into} {}
-    using operation_base<recv_many_operation>::finish;
-    [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
-    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
+    recv_many_operation(receiver& from, std::span<T> into, Errors errors) noexcept
+        : operation_base<recv_many_operation, Errors>{errors}, receiver_{&from}, into_{into} {}
+    using operation_base<recv_many_operation, Errors>::finish;
+    [[nodiscard]] bool ready_now() noexcept { return receiver_->batch_ready_now(); }
+    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
     std::size_t finish(news& why) {
       std::size_t taken = 0;
       while (taken < into_.size()) {
@@ -626,13 +721,14 @@ class receiver {
   };
 
   /// Messages to be looked at where they lie.
-  class peek_operation : public operation_base<peek_operation> {
+  template <class Errors = errors_thrown>
+  class peek_operation : public operation_base<peek_operation<Errors>, Errors> {
    public:
-    peek_operation(receiver& from, std::error_code* error) noexcept
-        : operation_base<peek_operation>{error}, receiver_{&from} {}
-    using operation_base<peek_operation>::finish;
-    [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
-    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
+    peek_operation(receiver& from, Errors errors) noexcept
+        : operation_base<peek_operation, Errors>{errors}, receiver_{&from} {}
+    using operation_base<peek_operation, Errors>::finish;
+    [[nodiscard]] bool ready_now() noexcept { return receiver_->batch_ready_now(); }
+    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
     std::span<const T> finish(news& why) {
       if (receiver_->lane_.known() == 0) receiver_->take_ending(why);
       return receiver_->span();
@@ -649,6 +745,8 @@ class receiver {
   explicit receiver(std::unique_ptr<endpoint> end) noexcept
       : lane_{end->lane(), end->capacity()},
         slots_{reinterpret_cast<native_slot<T>*>(end->slots())},
+        linger_{end->policy()},
+        batch_turn_{lane_.head()},
         end_{std::move(end)} {}
   receiver(receiver&& other) noexcept { *this = std::move(other); }
   receiver& operator=(receiver&& other) noexcept {
@@ -657,8 +755,9 @@ class receiver {
     if (end_ && lane_.release_pending() && !end_->inherited()) lane_.publish_head();
     lane_ = std::exchange(other.lane_, {});
     slots_ = std::exchange(other.slots_, nullptr);
-    until_turn_ = other.until_turn_;
     gather_ = other.gather_;
+    linger_ = other.linger_;
+    batch_turn_ = other.batch_turn_;
     ending_ = std::exchange(other.ending_, news::none);
     end_ = std::move(other.end_);
     return *this;
@@ -669,41 +768,41 @@ class receiver {
   ///
   /// Waits: in the hub while there is none. Allocates: never. Errors: as the class says, thrown or set. Complexity:
   /// constant.
-  [[nodiscard]] awaitable_operation<recv_operation> recv() {
-    return awaitable_operation<recv_operation>{recv_operation{*this, nullptr}};
+  [[nodiscard]] awaitable_operation<recv_operation<>> recv() {
+    return awaitable_operation<recv_operation<>>{recv_operation<>{*this, {}}};
   }
-  [[nodiscard]] awaitable_operation<recv_operation> recv(std::error_code& error) {
-    return awaitable_operation<recv_operation>{recv_operation{*this, &error}};
+  [[nodiscard]] awaitable_operation<recv_operation<errors_set>> recv(std::error_code& error) {
+    return awaitable_operation<recv_operation<errors_set>>{recv_operation<errors_set>{*this, errors_set{&error}}};
   }
 
   /// Takes as many messages as are there and fit. To be awaited; yields how many, 0 only at the end of the stream, on an
   /// error, or for an empty span.
   ///
   /// Waits: in the hub while there is none. Allocates: never. Errors: as the class says. Complexity: linear.
-  [[nodiscard]] awaitable_operation<recv_many_operation> recv_many(std::span<T> into)
+  [[nodiscard]] awaitable_operation<recv_many_operation<>> recv_many(std::span<T> into)
     requires std::is_trivially_copyable_v<T>
   {
-    return awaitable_operation<recv_many_operation>{recv_many_operation{*this, into, nullptr}};
+    return awaitable_operation<recv_many_operation<>>{recv_many_operation<>{*this, into, {}}};
   }
-  [[nodiscard]] awaitable_operation<recv_many_operation> recv_many(std::span<T> into, std::error_code& error)
+  [[nodiscard]] awaitable_operation<recv_many_operation<errors_set>> recv_many(std::span<T> into, std::error_code& error)
     requires std::is_trivially_copyable_v<T>
   {
-    return awaitable_operation<recv_many_operation>{recv_many_operation{*this, into, &error}};
+    return awaitable_operation<recv_many_operation<errors_set>>{recv_many_operation<errors_set>{*this, into, errors_set{&error}}};
   }
 
   /// Shows the messages that are there, where they lie, without taking them; `release` takes them. To be awaited; yields
   /// a span, empty only at the end of the stream or on an error.
   ///
   /// Waits: in the hub while there is none. Allocates: never. Errors: as the class says. Complexity: constant.
-  [[nodiscard]] awaitable_operation<peek_operation> peek()
+  [[nodiscard]] awaitable_operation<peek_operation<>> peek()
     requires std::is_trivially_copyable_v<T>
   {
-    return awaitable_operation<peek_operation>{peek_operation{*this, nullptr}};
+    return awaitable_operation<peek_operation<>>{peek_operation<>{*this, {}}};
   }
-  [[nodiscard]] awaitable_operation<peek_operation> peek(std::error_code& error)
+  [[nodiscard]] awaitable_operation<peek_operation<errors_set>> peek(std::error_code& error)
     requires std::is_trivially_copyable_v<T>
   {
-    return awaitable_operation<peek_operation>{peek_operation{*this, &error}};
+    return awaitable_operation<peek_operation<errors_set>>{peek_operation<errors_set>{*this, errors_set{&error}}};
   }
 
   /// Takes the first `n` of the messages that `peek` showed; their memory is the sender's again.
@@ -742,20 +841,48 @@ class receiver {
   [[nodiscard]] bool is_closed() const noexcept { return !end_ || (end_->peer_closed() && depth() == 0); }
   /// Messages sent and not yet taken.
   [[nodiscard]] std::size_t depth() const noexcept {
-    // acquire: pairs with the publication; whoever sees a depth may go and take.
-    return end_ ? static_cast<std::size_t>(end_->lane().tail.load(std::memory_order_acquire) - lane_.head()) : 0;
+    if (!end_) return 0;
+    // acquire: pairs with the publication; whoever sees a depth may go and take. What cannot be is for the next
+    // operation to find out.
+    const std::uint64_t there = end_->lane().tail.load(std::memory_order_acquire) - lane_.head();
+    return static_cast<std::size_t>(std::min(there, lane_.capacity()));
   }
   [[nodiscard]] std::size_t capacity() const noexcept { return static_cast<std::size_t>(lane_.capacity()); }
 
  private:
-  [[nodiscard]] bool ready_now() noexcept {
-    if (lane_.known() != 0 && --until_turn_ != 0) [[likely]] return true;
-    if (until_turn_ == 0) {
-      until_turn_ = ready_budget;
-      return false;
-    }
-    return look(true);
+  [[nodiscard, gnu::always_inline]] bool ready_now() noexcept {
+    if (lane_.known() != 0 && !turn_due(lane_.head())) [[likely]] return true;
+    return !turn_due(lane_.head()) && look_in_place();
   }
+
+  /// Looks, and lingers if the next message is near.
+  [[gnu::noinline]] bool look_in_place() noexcept {
+    if (look(true)) return true;
+    const std::uint32_t length = linger_.length();
+    if (length == 0) return false;
+    for (std::uint32_t i = 0; i < length; ++i) {
+      cpu_relax();
+      // What happened to the peer is for the waiter's look: here only a message counts.
+      if (look_at_lane() != 0) {
+        gather_.found(lane_.known());
+        return true;
+      }
+      if (lane_.corrupt()) return corrupt();
+    }
+    linger_.in_vain();
+    return false;
+  }
+
+  /// A waiter's look, from the hub.
+  bool look_for_hub(bool alone) noexcept {
+    if (!alone) return look(false);
+    ++hub_looks_;
+    if (!look(true)) return false;
+    linger_.hub_found(std::exchange(hub_looks_, 0));
+    return true;
+  }
+
+  [[nodiscard]] bool batch_ready_now() noexcept { return !batch_turn_.due(lane_.head()) && look_in_place(); }
 
   /// Whether there is a message, or a reason to wait no longer. `gather`: nobody is harmed by a short pause.
   [[gnu::noinline]] bool look(bool gather) noexcept {
@@ -764,11 +891,17 @@ class receiver {
       ending_ = news::closed;
       return true;
     }
+    // For good: a tail that is possible again is no reason to believe what is in the lane.
+    if (lane_.corrupt()) [[unlikely]] return corrupt();
     if (gather) gather_.before_look();
-    if (const std::uint64_t there = lane_.look(); there != 0) {
+    if (const std::uint64_t there = look_at_lane(); there != 0) {
       gather_.found(there);
-      // A replacement may have published behind what a dead sender committed: its messages come after the report.
-      if (end_->peer_has_died()) [[unlikely]] return look_before_death();
+      if (there > 1) {
+        const std::uint64_t near = std::min(there, messages_ahead<T>);
+        for (std::uint64_t i = 0; i < near; i += messages_a_line<T>) {
+          prefetch_for_reading(&slots_[(lane_.head() + i) & (lane_.capacity() - 1)]);
+        }
+      }
       return true;
     }
     if (lane_.corrupt()) return corrupt();
@@ -776,18 +909,19 @@ class receiver {
     if (lane_.release_pending()) released();
     const news heard = end_->look_at_peer(lane_.head());
     if (heard == news::none) return false;
-    // The peer published before it left; look_at_peer acquired that. After a death there is nothing of the dead left.
-    if (heard == news::closed && lane_.look() != 0) return true;
+    // The peer published before it left; look_at_peer acquired that.
+    if (heard != news::corrupt && look_at_lane() != 0) return true;
     if (lane_.corrupt()) return corrupt();
     ending_ = heard;
     return true;
   }
 
-  /// A death was not yet reported: of the messages that are known, only those count that the dead sender committed.
-  [[gnu::cold]] bool look_before_death() noexcept {
-    lane_.forget_beyond(end_->messages_before_death(lane_.head()));
-    if (lane_.known() == 0) ending_ = news::died;
-    return true;
+  /// The messages that are there, up to where a dead sender's end: its death is told before its replacement's first.
+  std::uint64_t look_at_lane() noexcept {
+    const std::uint64_t there = lane_.look();
+    // A replacement published behind the declaration of the death, so whoever sees its message sees the death, too.
+    if (there == 0 || !end_->death_untold()) [[likely]] return there;
+    return lane_.limit(end_->died_at());
   }
 
   bool corrupt() noexcept {
@@ -803,20 +937,24 @@ class receiver {
     if (why == news::closed) why = news::none;
   }
 
-  [[nodiscard]] T take() {
+  [[nodiscard, gnu::always_inline]] T take() {
     struct release_after {
       receiver& self;
       ~release_after() { self.released_if_due(); }
     } guard{*this};
+    // Only messages that are known to be there: the sender still writes the other slots.
+    if (lane_.head() % messages_a_line<T> == 0 && lane_.known() > messages_ahead<T>) {
+      prefetch_for_reading(&slots_[(lane_.head() + messages_ahead<T>) & (lane_.capacity() - 1)]);
+    }
     return lane_.template take<T>(slots_);
   }
 
-  void released_if_due() noexcept {
+  [[gnu::always_inline]] void released_if_due() noexcept {
     if (lane_.release_due()) [[unlikely]] released();
   }
 
   /// Gives the slots of everything taken back, and wakes a sender that waits for room.
-  void released() noexcept {
+  [[gnu::noinline]] void released() noexcept {
     lane_.publish_head();
     const presence sender = claim_ring(end_->peer_word(), end_->barrier());
     if (sender != presence::awake) [[unlikely]] end_->ring(sender);
@@ -865,8 +1003,11 @@ class receiver {
 
   lane_consumer<> lane_;
   native_slot<T>* slots_ = nullptr;
-  std::uint32_t until_turn_ = ready_budget;
   gather_pause gather_;
+  linger linger_;
+  /// How often the hub has looked since it began to wait.
+  std::uint32_t hub_looks_ = 0;
+  batch_turn batch_turn_;
   news ending_ = news::none;
   std::unique_ptr<endpoint> end_;
 };
@@ -876,6 +1017,7 @@ class receiver {
 /// Waits: never. Allocates: `capacity` slots. Errors: `bad_capacity`, `no_space`. Complexity: touching the memory.
 template <class T>
 [[nodiscard]] std::pair<sender<T>, receiver<T>> make_channel(const channel_options& options = {}) {
+  static_assert(alignof(T) <= 4096, "a mapping is aligned to a page, and no message to more");
   static_assert(std::is_move_constructible_v<T>, "a message must be movable");
   endpoint::destroy_messages destroy = nullptr;
   if constexpr (!std::is_trivially_destructible_v<T>) {
@@ -894,6 +1036,7 @@ template <class T>
 /// system calls.
 template <class T>
 [[nodiscard]] sender<T> open_sender(std::string_view name, const channel_options& options = {}) {
+  static_assert(alignof(T) <= 4096, "a mapping is aligned to a page, and no message to more");
   static_assert(std::is_trivially_copyable_v<T>,
                 "a message crosses processes as bytes: its type must be trivially copyable (no pointers into this "
                 "process, no strings, no virtual functions)");
@@ -906,6 +1049,7 @@ template <class T>
 /// system calls.
 template <class T>
 [[nodiscard]] receiver<T> open_receiver(std::string_view name, const channel_options& options = {}) {
+  static_assert(alignof(T) <= 4096, "a mapping is aligned to a page, and no message to more");
   static_assert(std::is_trivially_copyable_v<T>,
                 "a message crosses processes as bytes: its type must be trivially copyable (no pointers into this "
                 "process, no strings, no virtual functions)");

@@ -57,11 +57,11 @@ class hub {
   /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
   virtual void wait(hub_waiter& waiter) noexcept = 0;
 
-  /// Takes the waiter off, if it still waits. Not while another thread may be completing it: that is for the caller's
-  /// executor to exclude.
+  /// Takes the waiter off, if it still waits; false: it does not, it is being completed or was. The caller sees to it that
+  /// `waiter` lives until then.
   ///
   /// Waits: for the slice of a turn that runs on another thread. Allocates: never. Complexity: constant.
-  virtual void withdraw(hub_waiter& waiter) noexcept = 0;
+  virtual bool withdraw(hub_waiter& waiter) noexcept = 0;
 
   /// From now on nothing but this hub uses the context (`false`), so a turn need not end for the sake of others; or
   /// something may (`true`, the first state).

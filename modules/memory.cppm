@@ -62,23 +62,23 @@ class mapping {
   /// of the caller's open file description, so that locks on that end when its descriptor is closed.
   [[nodiscard]] static mapping of_file(int descriptor, std::size_t bytes, std::optional<unsigned> node,
                                        const std::string& what);
-  mapping(mapping&& other) noexcept
+  inline mapping(mapping&& other) noexcept
       : data_{std::exchange(other.data_, nullptr)}, bytes_{std::exchange(other.bytes_, 0)} {}
-  mapping& operator=(mapping&& other) noexcept {
+  inline mapping& operator=(mapping&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
     return *this;
   }
   ~mapping();
 
-  [[nodiscard]] std::byte* data() const noexcept { return data_; }
-  [[nodiscard]] std::size_t size() const noexcept { return bytes_; }
+  [[nodiscard]] inline std::byte* data() const noexcept { return data_; }
+  [[nodiscard]] inline std::size_t size() const noexcept { return bytes_; }
 
   /// Touches every page for writing, so that nobody meets a page fault later.
   void populate() noexcept;
 
  private:
-  mapping(std::byte* data, std::size_t bytes) noexcept : data_{data}, bytes_{bytes} {}
+  inline mapping(std::byte* data, std::size_t bytes) noexcept : data_{data}, bytes_{bytes} {}
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0;
 };
@@ -88,16 +88,15 @@ class mapping {
 class file_locks {
  public:
   file_locks() = default;
-  /// Takes the descriptor over. A fork between its `open` and this leaves a copy in the child that nobody closes.
-  explicit file_locks(int descriptor);
-  /// Opens a file for its locks, at once against any fork. Check `descriptor()`: -1, and `errno`, when it failed.
-  [[nodiscard]] static file_locks open(const std::string& path, int flags, unsigned mode = 0);
+  /// Opens the file; no descriptor, and errno set, when it cannot. No fork comes between the opening and the entry in the
+  /// list of what a child closes: a child that kept the descriptor would keep the locks after our death.
+  file_locks(const char* path, int flags, unsigned mode);
   file_locks(file_locks&& other) noexcept;
   file_locks& operator=(file_locks&& other) noexcept;
   /// Drops all locks.
   ~file_locks();
 
-  [[nodiscard]] int descriptor() const noexcept { return descriptor_; }
+  [[nodiscard]] inline int descriptor() const noexcept { return descriptor_; }
   /// False when another description holds the byte.
   [[nodiscard]] bool try_lock(std::uint64_t byte) noexcept;
   /// Waits: parks in the kernel until the byte is free.
@@ -144,10 +143,11 @@ enum class verdict : std::uint8_t {
 /// Opens or creates a named segment and returns with its gate held.
 ///
 /// `examine` is called with the gate held, the first `min(size, header_bytes)` bytes of the file and the file's size; it
-/// throws, naming both sides, when the segment is not ours to enter, and tells how many bytes to map otherwise.
+/// throws, naming both sides, when the segment is not ours to enter. `bytes_to_map` is called with the same bytes, once
+/// before the gate is taken, to see that this is a segment at all, and once to tell how many bytes to map.
 ///
-/// Waits: parks while another end is entering or leaving. Allocates: the segment. Errors: `no_space`, what `examine`
-/// throws, or the errno of the failing call. Complexity: a dozen system calls; touching the pages dominates.
+/// Waits: parks while another end is entering or leaving. Allocates: the segment. Errors: `no_space`, `no_permission`,
+/// `foreign_segment` for what is no file, what `examine` throws, or the errno of the failing call. Complexity: a dozen system calls; touching the pages dominates.
 [[nodiscard]] segment open_segment(
     const memory_name& name, open_mode mode, const segment_plan& plan, std::size_t header_bytes,
     const std::function<verdict(std::span<const std::byte> header, std::uint64_t size, const file_locks& locks)>&

@@ -44,6 +44,11 @@ enum class presence : std::uint32_t {
   dead = 5,
 };
 
+/// Whether a word that was read from shared memory is one of these.
+[[nodiscard]] constexpr bool is_presence(std::uint32_t word) noexcept {
+  return word <= static_cast<std::uint32_t>(presence::dead);
+}
+
 /// How the StoreLoad order between a publication and the read of the presence word is had. Fixed when a channel is
 /// created; all its ends must agree.
 enum class store_load : std::uint32_t {
@@ -70,7 +75,7 @@ void heavy_barrier(store_load kind) noexcept;
 
 /// The production policy: std::atomic, and the barriers of the kernel.
 struct native_waiting : native_atomics {
-  static void light_barrier(store_load kind) noexcept {
+  static inline void light_barrier(store_load kind) noexcept {
 #if defined(__SANITIZE_THREAD__) || (defined(__has_feature) && __has_feature(thread_sanitizer))
     // ThreadSanitizer models no fences and knows nothing of membarrier: a read-modify-write is its full barrier.
     static std::atomic<std::uint32_t> order{0};
@@ -86,7 +91,7 @@ struct native_waiting : native_atomics {
     }
 #endif
   }
-  static void heavy_barrier(store_load kind) noexcept { strait::heavy_barrier(kind); }
+  static inline void heavy_barrier(store_load kind) noexcept { strait::heavy_barrier(kind); }
 };
 
 /// The owner says that it is about to sleep. Then: heavy_barrier, look once more, and only then sleep.
@@ -181,7 +186,7 @@ class bell_latch {
 void futex_sleep(std::atomic<std::uint32_t>& word, presence parked,
                  std::optional<std::chrono::steady_clock::time_point> deadline) noexcept;
 
-/// Wakes the thread that sleeps on the word.
+/// Wakes every thread that sleeps on the word.
 void futex_wake(std::atomic<std::uint32_t>& word) noexcept;
 
 /// An eventfd by which a hub of this process is woken: a latch, readable from the first ring until `drain`.
@@ -194,8 +199,8 @@ class doorbell {
   doorbell& operator=(const doorbell&) = delete;
 
   /// The number under which this process's sentry and senders find it; never used twice in a process.
-  [[nodiscard]] std::uint64_t number() const noexcept { return number_; }
-  [[nodiscard]] int descriptor() const noexcept { return descriptor_; }
+  [[nodiscard]] inline std::uint64_t number() const noexcept { return number_; }
+  [[nodiscard]] inline int descriptor() const noexcept { return descriptor_; }
 
   /// Empties the eventfd and resets the latch; the lanes are looked at after this, never before.
   void drain() noexcept;
@@ -306,8 +311,8 @@ enum class wait_policy : std::uint32_t {
       .count();
 }
 
-/// CPUs that this process may use, counted once.
-[[nodiscard]] unsigned usable_cpu_count() noexcept;
+/// CPUs of this machine that are online, counted once.
+[[nodiscard]] unsigned online_cpu_count() noexcept;
 
 /// How long to spin, learnt from how spinning and parking went. Private to one waiting thread.
 ///
@@ -318,23 +323,23 @@ enum class wait_policy : std::uint32_t {
 class spin_budget {
  public:
   spin_budget() = default;
-  spin_budget(wait_policy policy, std::int64_t first, std::int64_t longest) noexcept
+  inline spin_budget(wait_policy policy, std::int64_t first, std::int64_t longest) noexcept
       : policy_{policy}, budget_{first}, longest_{longest} {
-    if (policy == wait_policy::park || (policy == wait_policy::adaptive && usable_cpu_count() == 1)) {
+    if (policy == wait_policy::park || (policy == wait_policy::adaptive && online_cpu_count() == 1)) {
       budget_ = 0;
       longest_ = 0;
     }
   }
 
   /// How long to spin now, in nanoseconds.
-  [[nodiscard]] std::int64_t length() const noexcept { return policy_ == wait_policy::busy ? longest_ : budget_; }
+  [[nodiscard]] inline std::int64_t length() const noexcept { return policy_ == wait_policy::busy ? longest_ : budget_; }
 
-  void answered() noexcept { grow(); }
-  void in_vain() noexcept { budget_ = budget_ / 2 < shortest ? 0 : budget_ / 2; }
+  inline void answered() noexcept { grow(); }
+  inline void in_vain() noexcept { budget_ = budget_ / 2 < shortest ? 0 : budget_ / 2; }
   /// We lost our CPU while spinning.
-  void preempted() noexcept { budget_ = 0; }
+  inline void preempted() noexcept { budget_ = 0; }
   /// A park ended after `slept` nanoseconds.
-  void parked_for(std::int64_t slept) noexcept {
+  inline void parked_for(std::int64_t slept) noexcept {
     if (slept < 2 * longest_) grow();
   }
 
@@ -343,7 +348,7 @@ class spin_budget {
 
  private:
   static constexpr std::int64_t shortest = 250;
-  void grow() noexcept {
+  inline void grow() noexcept {
     const std::int64_t next = budget_ == 0 ? 4 * shortest : 2 * budget_;
     budget_ = next < longest_ ? next : longest_;
   }
@@ -358,27 +363,70 @@ class spin_budget {
 /// A consumer that keeps up with a stream finds its lane empty after every few messages; if it looks again at once,
 /// the line with `tail` crosses for each message. If it waits for a moment, one crossing announces many messages. In
 /// ping-pong that same moment is latency. Two messages found at once prove that their sender did not wait for an
-/// answer between them: it streams, and the pause doubles. One message alone ends it.
+/// answer between them: it streams, and the pause doubles until a look brings enough to pay for itself. One message
+/// alone ends it; plenty at once says that the pause is longer than it need be.
 class gather_pause {
  public:
+  /// In PAUSE instructions.
+  [[nodiscard]] inline std::uint32_t length() const noexcept { return pauses_; }
   /// Before a look at a lane that has just run empty.
-  void before_look() const noexcept {
+  inline void before_look() const noexcept {
     for (std::uint32_t i = 0; i < pauses_; ++i) cpu_relax();
   }
   /// After a look that found `messages` > 0.
-  void found(std::uint64_t messages) noexcept {
+  inline void found(std::uint64_t messages) noexcept {
     if (messages < 2) {
       pauses_ = 0;
-    } else if (pauses_ < longest) {
+    } else if (messages > plenty) {
+      pauses_ /= 2;
+    } else if (messages < enough && pauses_ < longest) {
       pauses_ = pauses_ == 0 ? 4 : pauses_ * 2;
     }
   }
+
+  /// A line takes some 100 to 400 ns to cross; spread over this many messages, that is a nanosecond or three for each.
+  static constexpr std::uint64_t enough = 128;
+  static constexpr std::uint64_t plenty = 512;
 
   /// In PAUSE instructions; a few hundred nanoseconds to two microseconds, by CPU.
   static constexpr std::uint32_t longest = 64;
 
  private:
   std::uint32_t pauses_ = 0;
+};
+
+/// How many looks an awaiting receiver spends in place before its coroutine suspends.
+///
+/// A suspension and a resumption cost some 20 to 40 ns, as much as half a cache line's way between neighbouring cores,
+/// and in ping-pong both ends pay it in each trip. So where the last messages came within a moment, it waits that moment
+/// in place. It learns: a moment spent in vain is not spent again until the hub, waiting for nobody else, finds a message
+/// that soon. And it is bounded: after so many waits in place the coroutine suspends once, for its neighbours' sake.
+class linger {
+ public:
+  linger() = default;
+  inline explicit linger(wait_policy policy) noexcept
+      : allowed_{policy != wait_policy::park && online_cpu_count() > 1} {}
+
+  /// Looks to spend now, a PAUSE between each two.
+  [[nodiscard]] inline std::uint32_t length() noexcept {
+    if (!near_) return 0;
+    if (--until_suspension_ != 0) return longest;
+    until_suspension_ = waits_between_suspensions;
+    return 0;
+  }
+  /// None of them found anything.
+  inline void in_vain() noexcept { near_ = false; }
+  /// The hub found a message with its look number `looks`.
+  inline void hub_found(std::uint32_t looks) noexcept { near_ = allowed_ && looks <= longest; }
+
+  /// Together about half a microsecond to one, by CPU: a round trip of a line between distant cores.
+  static constexpr std::uint32_t longest = 64;
+  static constexpr std::uint32_t waits_between_suspensions = 64;
+
+ private:
+  bool allowed_ = false;
+  bool near_ = false;
+  std::uint32_t until_suspension_ = waits_between_suspensions;
 };
 
 }  // namespace strait

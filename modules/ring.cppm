@@ -37,6 +37,19 @@ inline void cpu_relax() noexcept {
 #endif
 }
 
+/// Fetches the line of `address` for reading, without waiting for it.
+inline void prefetch_for_reading(const void* address) noexcept { __builtin_prefetch(address, 0, 3); }
+
+/// Fetches the line of `address` for writing, taking it from the CPU that has it, without waiting for it.
+inline void prefetch_for_writing(const void* address) noexcept {
+#if defined(__x86_64__)
+  // The builtin emits a read prefetch for baseline x86-64, which would leave the line shared and the store waiting.
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(address)));
+#else
+  __builtin_prefetch(address, 1, 3);
+#endif
+}
+
 /// One message's place in a lane: as large as the message, constructed by the producer, taken by the consumer.
 template <class T>
 class native_slot {
@@ -112,7 +125,7 @@ class lane_producer {
   }
 
   /// Free slots, as far as known without looking at the consumer's line.
-  [[nodiscard]] std::uint64_t known_room() const noexcept { return capacity_ - (tail_ - head_seen_); }
+  [[nodiscard]] std::uint64_t known_room() const noexcept { return limit_ - tail_; }
 
   /// Looks at the consumer's line and returns the free slots; 0, with `corrupt()` set, when `head` is impossible.
   std::uint64_t look() noexcept {
@@ -121,10 +134,10 @@ class lane_producer {
     const std::uint64_t head = control_->head.load(std::memory_order_acquire);
     if (tail_ - head > capacity_) [[unlikely]] {
       corrupt_ = true;
-      head_seen_ = tail_ - capacity_;
+      limit_ = tail_;
       return 0;
     }
-    head_seen_ = head;
+    limit_ = head + capacity_;
     return known_room();
   }
 
@@ -174,7 +187,8 @@ class lane_producer {
   lane_control<Atomics>* control_ = nullptr;
   std::uint64_t capacity_ = 0;
   std::uint64_t tail_ = 0;
-  std::uint64_t head_seen_ = 0;
+  /// Where `tail` would meet the newest `head` that was seen.
+  std::uint64_t limit_ = 0;
   bool corrupt_ = false;
 };
 
@@ -213,6 +227,17 @@ class lane_consumer {
     return there;
   }
 
+  /// Forgets for now the messages from number `end` on; returns how many are left. The next look finds them again.
+  std::uint64_t limit(std::uint64_t end) noexcept {
+    if (end - head_ < known()) {
+      tail_seen_ = end;
+    } else if (end < head_) {
+      tail_seen_ = head_;
+    }
+    if (known() != 1) lone_ = false;
+    return known();
+  }
+
   /// Takes the oldest message. The caller made sure of `known() > 0`.
   template <class T>
   [[nodiscard]] T take(typename Atomics::template slot<T>* slots) noexcept(std::is_nothrow_move_constructible_v<T>) {
@@ -245,13 +270,6 @@ class lane_consumer {
   [[nodiscard]] typename Atomics::template slot<T>& slot(typename Atomics::template slot<T>* slots,
                                                          std::uint64_t offset) const noexcept {
     return slots[(head_ + offset) & (capacity_ - 1)];
-  }
-
-  /// Knows of `n` messages at most until the next look.
-  void forget_beyond(std::uint64_t n) noexcept {
-    if (known() <= n) return;
-    tail_seen_ = head_ + n;
-    lone_ = false;
   }
 
   /// Counts `n` messages as taken from their slots.

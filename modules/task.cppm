@@ -45,26 +45,26 @@ class task;
 /// What every task's promise holds.
 class task_promise_base {
  public:
-  static void* operator new(std::size_t bytes) { return allocate_frame(bytes); }
-  static void operator delete(void* frame) noexcept { free_frame(frame); }
+  static inline void* operator new(std::size_t bytes) { return allocate_frame(bytes); }
+  static inline void operator delete(void* frame) noexcept { free_frame(frame); }
 
-  [[nodiscard]] std::suspend_always initial_suspend() const noexcept { return {}; }
+  [[nodiscard]] inline std::suspend_always initial_suspend() const noexcept { return {}; }
 
   /// Goes on with whoever awaited the task, without growing the stack.
   struct final_awaiter {
-    [[nodiscard]] bool await_ready() const noexcept { return false; }
+    [[nodiscard]] inline bool await_ready() const noexcept { return false; }
     template <class Promise>
     [[nodiscard]] std::coroutine_handle<> await_suspend(std::coroutine_handle<Promise> finished) const noexcept {
       return finished.promise().continuation_;
     }
-    void await_resume() const noexcept {}
+    inline void await_resume() const noexcept {}
   };
-  [[nodiscard]] final_awaiter final_suspend() const noexcept { return {}; }
+  [[nodiscard]] inline final_awaiter final_suspend() const noexcept { return {}; }
 
-  void unhandled_exception() noexcept { error_ = std::current_exception(); }
+  inline void unhandled_exception() noexcept { error_ = std::current_exception(); }
 
   /// What the task runs in, handed down from whoever awaits it to everything that it awaits: a hub, for those who know.
-  [[nodiscard]] void* environment() const noexcept { return environment_; }
+  [[nodiscard]] inline void* environment() const noexcept { return environment_; }
 
  protected:
   template <class T>

@@ -24,6 +24,9 @@
 
 #include <algorithm>
 #include <array>
+#include <asio/bind_cancellation_slot.hpp>
+#include <asio/bind_executor.hpp>
+#include <asio/cancellation_signal.hpp>
 #include <asio/co_spawn.hpp>
 #include <asio/detached.hpp>
 #include <asio/executor_work_guard.hpp>
@@ -37,6 +40,7 @@
 #include <cstring>
 #include <exception>
 #include <filesystem>
+#include <fstream>
 #include <memory>
 #include <optional>
 #include <random>
@@ -1623,6 +1627,83 @@ TEST_CASE("a survivor without descriptors is told of a death") {
       CHECK_FALSE(exists(name));
     }
   }
+}
+
+TEST_CASE("watches begin and end while others do") {
+  // Every thread is the last to watch again and again, so that sentries are relieved and posted at the same time.
+  struct blind final : strait::process_watcher {
+    bool look() noexcept override { return false; }
+  };
+  const auto watched = strait::this_process();
+  std::atomic<int> ended{0};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i) {
+    threads.emplace_back([&] {
+      for (int turn = 0; turn < 30000; ++turn) {
+        blind watcher;
+        strait::watch_process(watched, watcher);
+        strait::unwatch_process(watcher);
+      }
+      ++ended;
+    });
+  }
+  const bool all = within(patience, [&] { return ended == 3; });
+  CHECK(all);
+  if (!all) std::abort();  // whoever hangs cannot be joined
+  for (auto& thread : threads) thread.join();
+}
+
+/// Whether the thread that waits on a hub's behalf sleeps on a futex that other processes can wake.
+static bool relay_sleeps_on_word() {
+  for (const auto& thread : std::filesystem::directory_iterator{"/proc/self/task"}) {
+    std::string name;
+    std::ifstream{thread.path() / "comm"} >> name;
+    if (name != "strait-relay") continue;
+    long call = -1;
+    std::string address;
+    std::string operation;
+    std::ifstream{thread.path() / "syscall"} >> call >> address >> operation;
+    // FUTEX_WAIT_BITSET; condition variables of a process have the private bit set as well.
+    if (call == SYS_futex && operation == "0x9") return true;
+  }
+  return false;
+}
+
+TEST_CASE("a thread waits where a coroutine gave up") {
+  const std::string name = fresh_name();
+  auto rx = strait::open_receiver<small_message>(name, {.wait = strait::wait_policy::park});
+  const glass seen{name};
+  const auto parks = [&] { return seen.presence(strait::role::receiver) == strait::presence::thread_parked; };
+  asio::io_context context{1};
+  asio::cancellation_signal cancel;
+  std::error_code outcome;
+  strait::async_recv(
+      rx, asio::bind_executor(context, asio::bind_cancellation_slot(
+                                           cancel.slot(), [&](std::error_code error, std::optional<small_message>) {
+                                             outcome = error;
+                                           })));
+  // Nobody is there who could have its doorbell, so a thread sleeps on the word for it.
+  REQUIRE(within(patience, [&] {
+    context.poll();
+    return parks() && relay_sleeps_on_word();
+  }));
+  cancel.emit(asio::cancellation_type::all);
+  REQUIRE(within(patience, [&] {
+    context.poll();
+    return outcome == asio::error::operation_aborted;
+  }));
+  REQUIRE(!parks());
+  std::atomic<bool> taken{false};
+  std::thread thread{[&] {
+    if (rx.blocking_recv()) taken = true;
+  }};
+  REQUIRE(within(patience, parks));
+  auto tx = strait::open_sender<small_message>(name);
+  tx.blocking_send(make<small_message>(key_of(1, 0)));
+  const bool woken = within(patience, [&] { return taken.load(); });
+  CHECK(woken);
+  if (!woken) std::abort();
+  thread.join();
 }
 
 TEST_CASE("nothing of all this is left in /dev/shm") {

@@ -54,6 +54,17 @@ inline void spawn(asio::io_context& context, task<> what) { spawn(context.get_ex
 
 namespace detail {
 
+/// The hub of an executor of any type. What `any_io_executor` cannot hold, as the executor of `use_future`, waits where
+/// handlers without an executor do; it still runs them itself.
+template <class Executor>
+hub& hub_for(const Executor& executor) {
+  if constexpr (std::is_constructible_v<asio::any_io_executor, const Executor&>) {
+    return hub_of(asio::any_io_executor{executor});
+  } else {
+    return hub_of(asio::any_io_executor{asio::system_executor{}});
+  }
+}
+
 /// An operation that waits on a hub on behalf of a completion handler. `Step` has `end()`, `look(alone)` and
 /// `invoke(handler, aborted)`.
 template <class Step, class Handler>
@@ -61,13 +72,15 @@ class handler_wait final : public hub_waiter {
  public:
   static void start(Step step, Handler&& handler) {
     const auto executor = asio::get_associated_executor(handler, asio::system_executor{});
-    hub& where = hub_of(asio::any_io_executor{executor});
+    hub& where = hub_for(executor);
     allocator_type allocator = allocator_for(handler);
     handler_wait* made = std::allocator_traits<allocator_type>::allocate(allocator, 1);
-    ::new (static_cast<void*>(made)) handler_wait{std::move(step), std::move(handler), executor};
+    ::new (static_cast<void*>(made)) handler_wait{where, std::move(step), std::move(handler), executor};
     auto slot = asio::get_associated_cancellation_slot(made->handler_);
     if (slot.is_connected()) {
-      slot.assign([made](asio::cancellation_type) { made->cancel(); });
+      slot.assign([made](asio::cancellation_type type) {
+        if (type != asio::cancellation_type::none) made->cancel();
+      });
     }
     where.wait(*made);
   }
@@ -88,11 +101,14 @@ class handler_wait final : public hub_waiter {
     }
   }
 
-  handler_wait(Step step, Handler&& handler, const executor_type& executor)
-      : step_{std::move(step)}, handler_{std::move(handler)}, work_{executor} {
+  handler_wait(hub& where, Step step, Handler&& handler, const executor_type& executor)
+      : where_{where}, step_{std::move(step)}, handler_{std::move(handler)}, work_{executor} {
     end = step_.end();
     ready = [](hub_waiter& self, bool alone) noexcept { return static_cast<handler_wait&>(self).step_.look(alone); };
-    complete = [](hub_waiter& self) { static_cast<handler_wait&>(self).finish(false); };
+    complete = [](hub_waiter& self) {
+      auto& me = static_cast<handler_wait&>(self);
+      asio::dispatch(me.work_.get_executor(), delivery{&me, false});
+    };
     abandon = [](hub_waiter& self) noexcept { static_cast<handler_wait&>(self).dismantle(); };
   }
 
@@ -110,27 +126,41 @@ class handler_wait final : public hub_waiter {
     return left;
   }
 
+  /// The way from the hub's turn to the handler's executor. Until it has arrived this object stays as it is: a
+  /// cancellation comes by the handler's executor, and may come meanwhile.
+  class delivery {
+   public:
+    delivery(handler_wait* what, bool aborted) noexcept : what_{what}, aborted_{aborted} {}
+    void operator()() { what_.release()->finish(aborted_); }
+
+   private:
+    struct dismantled {
+      void operator()(handler_wait* what) const noexcept { what->dismantle(); }
+    };
+    /// Never delivered, when the context is destroyed first.
+    std::unique_ptr<handler_wait, dismantled> what_;
+    bool aborted_;
+  };
+
+  /// On the handler's executor: only here a message is taken.
   void finish(bool aborted) {
+    // On the way, another operation on the same handle may have taken what this one was woken for.
+    if (!aborted && !step_.look(false)) {
+      where_.wait(*this);
+      return;
+    }
     asio::get_associated_cancellation_slot(handler_).clear();
     auto left = dismantle();
-    auto run = [step = std::move(left.step), handler = std::move(left.handler), aborted]() mutable {
-      // Only here, on the handler's own executor, is a message taken.
-      step.invoke(std::move(handler), aborted);
-    };
-    if (aborted) {
-      asio::post(left.work.get_executor(), std::move(run));
-    } else {
-      asio::dispatch(left.work.get_executor(), std::move(run));
-    }
+    left.step.invoke(std::move(left.handler), aborted);
   }
 
   /// On the handler's executor, as Asio's cancellation asks for.
   void cancel() {
-    if (owner == nullptr) return;  // completing already
-    owner->withdraw(*this);
-    finish(true);
+    if (!where_.withdraw(*this)) return;  // completing already
+    asio::post(work_.get_executor(), delivery{this, true});
   }
 
+  hub& where_;
   Step step_;
   Handler handler_;
   asio::executor_work_guard<executor_type> work_;
@@ -166,7 +196,7 @@ struct whole {
       }
       std::forward<Handler>(handler)(error);
     } else if (aborted) {
-      std::forward<Handler>(handler)(asio::error::operation_aborted, result{});
+      std::forward<Handler>(handler)(std::error_code{asio::error::operation_aborted}, result{});
     } else {
       result value = operation.finish(why);
       std::forward<Handler>(handler)(to_error(why), std::move(value));
@@ -202,9 +232,11 @@ struct asio_suspension {
     auto* wait = ::new (static_cast<void*>(self.suspension_))
         wait_awaitable{detail::start<detail::until_ready<Operation>, void(std::error_code)>(
             detail::until_ready<Operation>{&self.operation_}, asio::use_awaitable_t<Executor>{})};
-    self.destroy_suspension_ = [](operation_awaitable& of) noexcept { wait_in(of).~wait_awaitable(); };
-    // Throws when the wait was cancelled.
-    self.resume_suspension_ = [](operation_awaitable& of) { wait_in(of).await_resume(); };
+    static constexpr typename operation_awaitable::suspended_operations through_asio{
+        .destroy = [](operation_awaitable& of) noexcept { wait_in(of).~wait_awaitable(); },
+        // Throws when the wait was cancelled.
+        .resume = [](operation_awaitable& of) { wait_in(of).await_resume(); }};
+    self.suspended_ = &through_asio;
     wait->await_suspend(awaiting);
   }
 
@@ -222,32 +254,32 @@ struct asio_suspension {
 /// Allocates: from the handler's associated allocator. Errors: as `recv`, and `asio::error::operation_aborted`.
 template <class T, class Token>
 auto async_recv(receiver<T>& from, Token&& token) {
-  using operation = typename receiver<T>::recv_operation;
+  using operation = typename receiver<T>::template recv_operation<>;
   return detail::start<detail::whole<operation>, void(std::error_code, std::optional<T>)>(
-      detail::whole<operation>{operation{from, nullptr}}, std::forward<Token>(token));
+      detail::whole<operation>{operation{from, {}}}, std::forward<Token>(token));
 }
 
 /// Sends one message; any completion token. Signature: `void(std::error_code)`. An error means that it was not sent.
 /// Everything else as for `async_recv`.
 template <class T, class U, class Token>
 auto async_send(sender<T>& to, U&& message, Token&& token) {
-  using operation = typename sender<T>::send_operation;
+  using operation = typename sender<T>::template send_operation<>;
   return detail::start<detail::whole<operation>, void(std::error_code)>(
-      detail::whole<operation>{operation{to, T(std::forward<U>(message)), nullptr}}, std::forward<Token>(token));
+      detail::whole<operation>{operation{to, T(std::forward<U>(message)), {}}}, std::forward<Token>(token));
 }
 
 /// `recv()` for an `asio::awaitable<T, Executor>` whose executor is not Asio's default: `co_await strait::recv<Executor>(rx)`.
 template <class Executor, class T>
 [[nodiscard]] auto recv(receiver<T>& from) {
-  using operation = typename receiver<T>::recv_operation;
-  return asio::awaitable<awaited<operation>, Executor>{operation{from, nullptr}};
+  using operation = typename receiver<T>::template recv_operation<>;
+  return asio::awaitable<awaited<operation>, Executor>{operation{from, {}}};
 }
 
 /// `send()` for the same: `co_await strait::send<Executor>(tx, message)`.
 template <class Executor, class T, class U>
 [[nodiscard]] auto send(sender<T>& to, U&& message) {
-  using operation = typename sender<T>::send_operation;
-  return asio::awaitable<awaited<operation>, Executor>{operation{to, T(std::forward<U>(message)), nullptr}};
+  using operation = typename sender<T>::template send_operation<>;
+  return asio::awaitable<awaited<operation>, Executor>{operation{to, T(std::forward<U>(message)), {}}};
 }
 
 }  // namespace strait
