@@ -230,7 +230,8 @@ struct process_identity {
 /// identity, where others leave the doorbells by which this process may ring them. When no socket can be had, nobody
 /// can leave one, and hubs elsewhere wait on the futex instead.
 ///
-/// Waits: never. Allocates: once. Errors: none. Complexity: constant after the first call.
+/// Waits: never. Allocates: once. Errors: `std::system_error` when the first call finds no descriptors left. Complexity:
+/// constant after the first call.
 [[nodiscard]] process_identity this_process();
 
 /// Leaves the doorbell `number` of this process in the mailbox of process `to`, once. False: it cannot be reached

@@ -267,6 +267,8 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     return verdict::enter;
   };
 
+  // Now, because it may fail: later there would be a segment to be taken back.
+  (void)this_process();
   made->segment_ = open_segment(made->name_, options.open, plan, sizeof(segment_header), examine, bytes_to_map);
   // Once more, and from here on only this copy: what was examined can have been overwritten before it was mapped.
   segment_header checked{};
