@@ -293,6 +293,24 @@ TEST_CASE("endpoint: a header that is not ours is refused whoever lives in it") 
   refused(offsetof(segment_header, slots_offset), std::uint32_t{4096}, errc::layout_mismatch, sane);
   refused(offsetof(segment_header, barrier), std::uint32_t{0}, errc::layout_mismatch, sane);
   refused(offsetof(segment_header, barrier), std::uint32_t{4}, errc::layout_mismatch, sane);
+
+  // Where the fields do agree with each other, and with the size of the file, but cannot be.
+  const auto slots_offset = get<std::uint32_t>(good, offsetof(segment_header, slots_offset));
+  const auto agreeing = [&](std::uint64_t capacity, std::uint32_t bytes) {
+    CAPTURE(capacity);
+    CAPTURE(bytes);
+    auto image = good;
+    put(image, offsetof(segment_header, capacity), capacity);
+    put(image, offsetof(segment_header, message_bytes), bytes);
+    put(image, offsetof(segment_header, segment_bytes), slots_offset + capacity * bytes);  // may wrap
+    test::write_file(name.path(), image);
+    check_both_refused<order>(name, errc::layout_mismatch, sane, all_modes);
+  };
+  agreeing(7, sizeof(order));
+  agreeing(0, sizeof(order));
+  agreeing(8, 0);
+  agreeing(std::uint64_t{1} << 60U, sizeof(order));
+  agreeing(std::uint64_t{1} << 63U, sizeof(order));
 }
 
 TEST_CASE("endpoint: a foreign file under the name is refused and stays as it is, by every byte and its time") {
