@@ -76,6 +76,20 @@ inline constexpr std::uint64_t ready_budget = 1024;
   return cursor % ready_budget == ready_budget - 1;
 }
 
+/// The same for batches, which may step over that cursor each time.
+class batch_turn {
+ public:
+  batch_turn() = default;
+  inline explicit batch_turn(std::uint64_t cursor) noexcept : stretch_{cursor / ready_budget} {}
+  /// Whether the batch that begins at `cursor` gives the others their turn: it is the first of its stretch.
+  [[nodiscard]] inline bool due(std::uint64_t cursor) noexcept {
+    return std::exchange(stretch_, cursor / ready_budget) != cursor / ready_budget;
+  }
+
+ private:
+  std::uint64_t stretch_ = 0;
+};
+
 template <class T>
 class sender;
 template <class T>
@@ -161,7 +175,11 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
 
   [[gnu::always_inline]] decltype(auto) await_resume() {
     if (suspended_ != nullptr) [[unlikely]] {
-      if (!suspended_->resume(*this)) return operation_.nothing();
+      if constexpr (Operation::sets_errors) {
+        if (const std::error_code cancelled = reason_to_stop()) return operation_.finish_cancelled(cancelled);
+      } else {
+        suspended_->resume(*this);
+      }
     }
     return operation_.finish();
   }
@@ -177,11 +195,21 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
     std::coroutine_handle<> awaiting;
   };
 
+  /// What Asio throws when the wait was cancelled, for an operation that sets its errors.
+  [[gnu::noinline]] std::error_code reason_to_stop() {
+    try {
+      suspended_->resume(*this);
+      return {};
+    } catch (const std::system_error& cancelled) {
+      return cancelled.code();
+    }
+  }
+
   /// What to do with `suspension_`.
   struct suspended_operations {
     void (*destroy)(awaitable&) noexcept;
-    /// Asio has something to say first: that the wait was cancelled (thrown, or set and false).
-    bool (*resume)(awaitable&);
+    /// Asio has something to say first: that the wait was cancelled.
+    void (*resume)(awaitable&);
   };
 
   Operation operation_;
@@ -198,10 +226,12 @@ namespace strait {
 
 /// Errors of an operation are thrown ...
 struct errors_thrown {
+  static constexpr bool set = false;
   static constexpr std::error_code* code = nullptr;
 };
 /// ... or set. Two types, so that the throwing form, which is on everybody's path, carries no pointer.
 struct errors_set {
+  static constexpr bool set = true;
   std::error_code* code;
 };
 
@@ -209,6 +239,8 @@ struct errors_set {
 template <class Derived, class Errors>
 class operation_base {
  public:
+  static constexpr bool sets_errors = Errors::set;
+
   explicit operation_base(Errors errors) noexcept : errors_{errors} {}
 
   /// Does it; throws, or sets the caller's error code.
@@ -225,13 +257,17 @@ class operation_base {
     }
   }
 
-  /// What the caller gets when the wait was cancelled and he asked for an error code.
-  auto nothing() noexcept {
-    news why = news::none;
-    return decltype(static_cast<Derived&>(*this).finish(why))();
+  /// Ends it without having done anything more, for a reason that is not the channel's.
+  auto finish_cancelled(std::error_code why) {
+    auto& self = static_cast<Derived&>(*this);
+    *errors_.code = why;
+    news none = news::none;
+    if constexpr (requires { self.sent(); }) {
+      return self.sent();
+    } else {
+      return decltype(self.finish(none))();
+    }
   }
-  /// Where errors go; null: they are thrown.
-  [[nodiscard]] std::error_code* error() const noexcept { return errors_.code; }
 
  private:
   [[no_unique_address]] Errors errors_;
@@ -298,7 +334,7 @@ class [[nodiscard]] permit {
 ///
 /// Every operation reports `errc::closed` when the receiver closed, `errc::peer_died` once when its process died (the
 /// handle stays usable: what is sent next goes to a replacement), and `errc::corrupt` when the shared memory holds an
-/// impossible value. An operation that reports an error sent nothing.
+/// impossible value. An operation that reports an error sent nothing; `send_many` tells how much it had sent before.
 template <class T>
 class sender {
  public:
@@ -333,16 +369,14 @@ class sender {
         : operation_base<send_many_operation, Errors>{errors}, sender_{&from}, messages_{messages} {}
     using operation_base<send_many_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept {
-      if (!sender_->ready_now()) return false;
-      return go_on();
+      return !sender_->batch_turn_.due(sender_->lane_.tail()) && go_on();
     }
     [[nodiscard]] bool look(bool) noexcept { return go_on(); }
     std::size_t finish(news& why) {
-      if (!messages_.empty()) (void)sender_->fails(why);  // `why` tells
+      if (!messages_.empty()) (void)sender_->fails(why);  // it says why
       return sent_;
     }
-    /// When the wait was cancelled: what was sent before stays sent.
-    std::size_t nothing() const noexcept { return sent_; }
+    [[nodiscard]] std::size_t sent() const noexcept { return sent_; }
     [[nodiscard]] endpoint* end() const noexcept { return sender_->end_.get(); }
     [[nodiscard]] const std::string& end_name() const noexcept { return sender_->name(); }
 
@@ -369,7 +403,7 @@ class sender {
     reserve_operation(sender& from, std::size_t n, Errors errors) noexcept
         : operation_base<reserve_operation, Errors>{errors}, sender_{&from}, count_{n} {}
     using operation_base<reserve_operation, Errors>::finish;
-    [[nodiscard]] bool ready_now() noexcept { return sender_->ready_now(); }
+    [[nodiscard]] bool ready_now() noexcept { return sender_->batch_ready_now(); }
     [[nodiscard]] bool look(bool) noexcept { return sender_->look(); }
     permit<T> finish(news& why) {
       if (sender_->fails(why)) return {};
@@ -390,6 +424,7 @@ class sender {
         slots_{reinterpret_cast<native_slot<T>*>(end->slots())},
         peer_word_{&end->peer_word()},
         barrier_{end->barrier()},
+        batch_turn_{lane_.tail()},
         end_{std::move(end)} {}
   sender(sender&& other) noexcept { *this = std::move(other); }
   sender& operator=(sender&& other) noexcept {
@@ -398,6 +433,7 @@ class sender {
     slots_ = std::exchange(other.slots_, nullptr);
     peer_word_ = std::exchange(other.peer_word_, &closed_word);
     barrier_ = other.barrier_;
+    batch_turn_ = other.batch_turn_;
     ending_ = std::exchange(other.ending_, news::none);
     end_ = std::move(other.end_);
     return *this;
@@ -498,6 +534,8 @@ class sender {
     }
     return !turn_due(lane_.tail()) && look();
   }
+
+  [[nodiscard]] bool batch_ready_now() noexcept { return !batch_turn_.due(lane_.tail()) && look(); }
 
   [[gnu::noinline]] bool look() noexcept {
     if (!end_) {
@@ -607,6 +645,7 @@ class sender {
   native_slot<T>* slots_ = nullptr;
   std::atomic<std::uint32_t>* peer_word_ = &closed_word;
   store_load barrier_ = store_load::by_fence;
+  batch_turn batch_turn_;
   news ending_ = news::none;
   std::unique_ptr<endpoint> end_;
 };
@@ -632,7 +671,7 @@ class receiver {
         : operation_base<recv_operation, Errors>{errors}, receiver_{&from} {}
     using operation_base<recv_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
-    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
+    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
     [[gnu::always_inline]] std::optional<T> finish(news& why) {
       if (receiver_->lane_.known() == 0) [[unlikely]] {
         receiver_->take_ending(why);
@@ -654,8 +693,8 @@ class receiver {
     recv_many_operation(receiver& from, std::span<T> into, Errors errors) noexcept
         : operation_base<recv_many_operation, Errors>{errors}, receiver_{&from}, into_{into} {}
     using operation_base<recv_many_operation, Errors>::finish;
-    [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
-    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
+    [[nodiscard]] bool ready_now() noexcept { return receiver_->batch_ready_now(); }
+    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
     std::size_t finish(news& why) {
       std::size_t taken = 0;
       while (taken < into_.size()) {
@@ -688,8 +727,8 @@ class receiver {
     peek_operation(receiver& from, Errors errors) noexcept
         : operation_base<peek_operation, Errors>{errors}, receiver_{&from} {}
     using operation_base<peek_operation, Errors>::finish;
-    [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
-    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
+    [[nodiscard]] bool ready_now() noexcept { return receiver_->batch_ready_now(); }
+    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
     std::span<const T> finish(news& why) {
       if (receiver_->lane_.known() == 0) receiver_->take_ending(why);
       return receiver_->span();
@@ -706,14 +745,19 @@ class receiver {
   explicit receiver(std::unique_ptr<endpoint> end) noexcept
       : lane_{end->lane(), end->capacity()},
         slots_{reinterpret_cast<native_slot<T>*>(end->slots())},
+        linger_{end->policy()},
+        batch_turn_{lane_.head()},
         end_{std::move(end)} {}
   receiver(receiver&& other) noexcept { *this = std::move(other); }
   receiver& operator=(receiver&& other) noexcept {
     if (this == &other) return *this;
+    // Not in the child of a fork: its copy of the cursor would take the lane back to where it was then.
     if (end_ && lane_.release_pending() && !end_->inherited()) lane_.publish_head();
     lane_ = std::exchange(other.lane_, {});
     slots_ = std::exchange(other.slots_, nullptr);
     gather_ = other.gather_;
+    linger_ = other.linger_;
+    batch_turn_ = other.batch_turn_;
     ending_ = std::exchange(other.ending_, news::none);
     end_ = std::move(other.end_);
     return *this;
@@ -808,8 +852,37 @@ class receiver {
  private:
   [[nodiscard, gnu::always_inline]] bool ready_now() noexcept {
     if (lane_.known() != 0 && !turn_due(lane_.head())) [[likely]] return true;
-    return !turn_due(lane_.head()) && look(true);
+    return !turn_due(lane_.head()) && look_in_place();
   }
+
+  /// Looks, and lingers if the next message is near.
+  [[gnu::noinline]] bool look_in_place() noexcept {
+    if (look(true)) return true;
+    const std::uint32_t length = linger_.length();
+    if (length == 0) return false;
+    for (std::uint32_t i = 0; i < length; ++i) {
+      cpu_relax();
+      // What happened to the peer is for the waiter's look: here only a message counts.
+      if (look_at_lane() != 0) {
+        gather_.found(lane_.known());
+        return true;
+      }
+      if (lane_.corrupt()) return corrupt();
+    }
+    linger_.in_vain();
+    return false;
+  }
+
+  /// A waiter's look, from the hub.
+  bool look_for_hub(bool alone) noexcept {
+    if (!alone) return look(false);
+    ++hub_looks_;
+    if (!look(true)) return false;
+    linger_.hub_found(std::exchange(hub_looks_, 0));
+    return true;
+  }
+
+  [[nodiscard]] bool batch_ready_now() noexcept { return !batch_turn_.due(lane_.head()) && look_in_place(); }
 
   /// Whether there is a message, or a reason to wait no longer. `gather`: nobody is harmed by a short pause.
   [[gnu::noinline]] bool look(bool gather) noexcept {
@@ -931,6 +1004,10 @@ class receiver {
   lane_consumer<> lane_;
   native_slot<T>* slots_ = nullptr;
   gather_pause gather_;
+  linger linger_;
+  /// How often the hub has looked since it began to wait.
+  std::uint32_t hub_looks_ = 0;
+  batch_turn batch_turn_;
   news ending_ = news::none;
   std::unique_ptr<endpoint> end_;
 };
@@ -940,6 +1017,7 @@ class receiver {
 /// Waits: never. Allocates: `capacity` slots. Errors: `bad_capacity`, `no_space`. Complexity: touching the memory.
 template <class T>
 [[nodiscard]] std::pair<sender<T>, receiver<T>> make_channel(const channel_options& options = {}) {
+  static_assert(alignof(T) <= 4096, "a mapping is aligned to a page, and no message to more");
   static_assert(std::is_move_constructible_v<T>, "a message must be movable");
   endpoint::destroy_messages destroy = nullptr;
   if constexpr (!std::is_trivially_destructible_v<T>) {
@@ -958,6 +1036,7 @@ template <class T>
 /// system calls.
 template <class T>
 [[nodiscard]] sender<T> open_sender(std::string_view name, const channel_options& options = {}) {
+  static_assert(alignof(T) <= 4096, "a mapping is aligned to a page, and no message to more");
   static_assert(std::is_trivially_copyable_v<T>,
                 "a message crosses processes as bytes: its type must be trivially copyable (no pointers into this "
                 "process, no strings, no virtual functions)");
@@ -970,6 +1049,7 @@ template <class T>
 /// system calls.
 template <class T>
 [[nodiscard]] receiver<T> open_receiver(std::string_view name, const channel_options& options = {}) {
+  static_assert(alignof(T) <= 4096, "a mapping is aligned to a page, and no message to more");
   static_assert(std::is_trivially_copyable_v<T>,
                 "a message crosses processes as bytes: its type must be trivially copyable (no pointers into this "
                 "process, no strings, no virtual functions)");

@@ -161,6 +161,9 @@ class endpoint final : private process_watcher {
   /// For error messages: `posix:orders`.
   [[nodiscard]] inline const std::string& name() const noexcept { return text_; }
 
+  /// Whether this process is a fork's child that has only a copy of the end, which stays its parent's.
+  [[nodiscard]] bool inherited() const noexcept { return fork_generation_ != fork_generation(); }
+
   /// Rings the peer, whose announcement the caller took back with `claim_ring`.
   void ring(presence parked) noexcept;
 
@@ -292,7 +295,7 @@ bool endpoint::wait(Ready&& ready, std::optional<std::chrono::steady_clock::time
     const std::int64_t start = now_ns();
     std::int64_t last = start;
     const std::int64_t length = spin_.length();
-    while (length > 0) {
+    while (length > 0 || policy_ == wait_policy::busy) {
       constexpr int looks_between_clocks = 32;
       for (int i = 0; i < looks_between_clocks; ++i) {
         if (ready()) {

@@ -57,8 +57,8 @@ class hub {
   /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
   virtual void wait(hub_waiter& waiter) noexcept = 0;
 
-  /// Takes the waiter off. False: it does not wait any more, because a turn has completed it or is about to, perhaps on
-  /// another thread; the caller makes sure that the waiter's memory lasts that long.
+  /// Takes the waiter off, if it still waits; false: it does not, it is being completed or was. The caller sees to it that
+  /// `waiter` lives until then.
   ///
   /// Waits: for the slice of a turn that runs on another thread. Allocates: never. Complexity: constant.
   virtual bool withdraw(hub_waiter& waiter) noexcept = 0;

@@ -283,6 +283,15 @@ void endpoint::enter() {
   declare_if_dead(*header_, role_, locks);
   declare_if_dead(*header_, other(role_), locks);
   if (!locks.try_lock(byte_of(role_))) fail_errno(errno, text_ + ": locking this end's byte");
+  // Both roles are free now. A peer that closed with nobody left took the name with it, unless it left messages for a
+  // receiver to come; where the name is here all the same, the last one was killed on its way out. This end does not
+  // pay for that with an end of the stream that is none: the peer is yet to come.
+  const bool undelivered =
+      header_->lane.tail.load(std::memory_order_relaxed) != header_->lane.head.load(std::memory_order_relaxed);
+  if (static_cast<presence>(peer_word().load(std::memory_order_relaxed)) == presence::closed &&
+      (role_ == role::sender || !undelivered)) {
+    peer_word().store(static_cast<std::uint32_t>(presence::vacant), std::memory_order_relaxed);
+  }
   const process_identity me = this_process();
   end_entry& mine = own();
   // relaxed, all of them: the incarnation below releases them.

@@ -1,11 +1,14 @@
 module;
 #include <asio/any_io_executor.hpp>
 #include <asio/error.hpp>
+#include <asio/execution.hpp>
 #include <asio/execution_context.hpp>
 #include <asio/io_context.hpp>
 #include <asio/posix/stream_descriptor.hpp>
 #include <asio/post.hpp>
+#include <asio/prefer.hpp>
 #include <asio/strand.hpp>
+#include <asio/thread_pool.hpp>
 
 #include <algorithm>
 #include <atomic>
@@ -15,6 +18,7 @@ module;
 #include <mutex>
 #include <optional>
 #include <system_error>
+#include <typeinfo>
 #include <utility>
 module strait.hub;
 
@@ -58,11 +62,23 @@ class intrusive_list {
   Node* last_ = nullptr;
 };
 
-/// The executor that turns are posted to: a strand would make them wait for the user's own handlers.
-asio::any_io_executor without_strand(const asio::any_io_executor& executor) {
-  if (const auto* strand = executor.target<asio::strand<asio::any_io_executor>>()) return strand->get_inner_executor();
-  if (const auto* strand = executor.target<asio::strand<asio::io_context::executor_type>>()) {
-    return strand->get_inner_executor();
+/// What stands beneath the strand, if `executor` is a strand of that kind.
+template <class Inner>
+bool replace_by_inner(asio::any_io_executor& executor) {
+  // Asio before 1.24 casts without asking whether the type is right.
+  if (executor.target_type() != typeid(asio::strand<Inner>)) return false;
+  // A copy: what it points into goes with the assignment.
+  asio::any_io_executor inner = executor.target<asio::strand<Inner>>()->get_inner_executor();
+  executor = std::move(inner);
+  return true;
+}
+
+/// The executor that turns are posted to: a strand would make them wait for the user's own handlers. A strand of a kind
+/// that is not known here only does that.
+asio::any_io_executor without_strand(asio::any_io_executor executor) {
+  while (replace_by_inner<asio::any_io_executor>(executor) ||
+         replace_by_inner<asio::io_context::executor_type>(executor) ||
+         replace_by_inner<asio::thread_pool::executor_type>(executor)) {
   }
   return executor;
 }
@@ -84,7 +100,10 @@ class asio_hub final : public asio::execution_context::service, public hub {
   /// The first executor that asks decides where turns run.
   void use(const asio::any_io_executor& executor) {
     // Not under mutex_: a coroutine that is resumed by the turn may ask.
-    std::call_once(used_, [&] { executor_ = without_strand(executor); });
+    // Untracked: what the hub holds for good must not count as work that the context's run() waits for.
+    std::call_once(used_, [&] {
+      executor_ = asio::prefer(without_strand(executor), asio::execution::outstanding_work.untracked);
+    });
   }
 
   void wait(hub_waiter& waiter) noexcept override {
@@ -102,19 +121,16 @@ class asio_hub final : public asio::execution_context::service, public hub {
   }
 
   bool withdraw(hub_waiter& waiter) noexcept override {
-    bool last_of_parked = false;
-    {
-      std::unique_lock<std::mutex> lock;
-      if (turning_hub != this) lock = std::unique_lock{mutex_};
-      if (waiter.owner != this) return false;
-      absorb_inbox();
-      remove(waiter);
-      // The ringer, if there was one, rang for the end, not for this waiter: the next that waits for it looks first.
-      if (announced_ && waiter.end != nullptr) waiter.end->hub_awake();
-      last_of_parked = announced_ && waiters_.empty();
-    }
-    // Nobody rings any more, but the wait for the doorbell keeps the context's run() going: a turn ends it.
-    if (last_of_parked && make_resident()) post_turn();
+    const auto lock = lock_unless_turning();
+    if (waiter.owner != this) return false;
+    absorb_inbox();
+    remove(waiter);
+    if (!announced_ || waiter.end == nullptr) return true;
+    // The ringer, if there was one, rang for the end, not for this waiter: the next that waits for it looks first.
+    waiter.end->hub_awake();
+    // Nobody rings a parked hub for this end any more. That concerns whoever else waits for it; and when nobody waits,
+    // the doorbell's handler must not keep the context's run() from returning. The turn sees to both.
+    if ((waiters_.empty() || waits_for(*waiter.end)) && make_resident()) post_turn();
     return true;
   }
 
@@ -133,19 +149,20 @@ class asio_hub final : public asio::execution_context::service, public hub {
   void remove_root(hub_root& root, std::exception_ptr error) noexcept override {
     const std::lock_guard lock{roots_mutex_};
     roots_.remove(root);
-    if (error && !error_) error_ = std::move(error);
+    if (!error || error_) return;
+    error_ = std::move(error);
+    // relaxed: the turn that looks at it is the one that resumed the coroutine; others only end early.
+    failed_.store(true, std::memory_order_relaxed);
   }
 
  private:
   /// The context ends: nothing is resumed any more, everything is freed.
+  ///
+  /// No end is touched: in an Asio program the handles often go before the context. An end whose word still says
+  /// `hub_parked` is rung in vain, because the doorbell's number is never used again.
   void shutdown() override {
-    // No end is touched from here on: a frame that is destroyed below may own the end that another one waits for, and the
-    // owner of a handle may have destroyed it before the context. What stands announced in their words rings a doorbell
-    // that is gone, once.
+    ended_ = true;
     announced_ = false;
-    for (hub_waiter* waiter = inbox_.exchange(nullptr, std::memory_order_acquire); waiter != nullptr;) {
-      waiters_.push_back(*std::exchange(waiter, waiter->next));
-    }
     for (;;) {
       hub_root* root = nullptr;
       {
@@ -156,9 +173,11 @@ class asio_hub final : public asio::execution_context::service, public hub {
       if (root == nullptr) break;
       root->destroy(*root);
     }
+    absorb_inbox();
     while (hub_waiter* waiter = waiters_.first()) {
       remove(*waiter);
       if (waiter->abandon != nullptr) waiter->abandon(*waiter);
+      absorb_inbox();  // what a destructor began
     }
     if (bell_wait_) {
       bell_wait_->release();  // the descriptor is the doorbell's
@@ -168,12 +187,24 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   void append(hub_waiter& waiter) noexcept {
     waiters_.push_back(waiter);
-    if (waiter.end == nullptr) return;
+    if (waiter.end == nullptr || ended_) return;
     const std::int64_t longest = waiter.end->longest_spin();
     if (longest > longest_spin_) {
       longest_spin_ = longest;
       spin_ = spin_budget{wait_policy::adaptive, std::min<std::int64_t>(longest, 10'000), longest};
     }
+  }
+
+  /// For what may be called from within a turn, which holds the mutex, and from outside of it.
+  [[nodiscard]] std::unique_lock<std::mutex> lock_unless_turning() {
+    return turning_hub == this ? std::unique_lock<std::mutex>{} : std::unique_lock{mutex_};
+  }
+
+  [[nodiscard]] bool waits_for(const endpoint& end) const noexcept {
+    for (const hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) {
+      if (waiter->end == &end) return true;
+    }
+    return false;
   }
 
   void remove(hub_waiter& waiter) noexcept {
@@ -233,7 +264,10 @@ class asio_hub final : public asio::execution_context::service, public hub {
     }
     {
       const std::lock_guard lock{roots_mutex_};
-      if (!error) error = std::exchange(error_, nullptr);
+      if (!error) {
+        error = std::exchange(error_, nullptr);
+        failed_.store(false, std::memory_order_relaxed);
+      }
     }
     if (error) std::rethrow_exception(error);
   }
@@ -251,13 +285,15 @@ class asio_hub final : public asio::execution_context::service, public hub {
     }
   }
 
-  /// Looks at the waiters and completes those that are ready, but not more than may run without a look at the clock: one
-  /// that waits again at once goes to the end of the list, so two that play ping-pong would keep a pass going for ever.
-  /// Returns how many were completed.
+  /// Looks at one waiter after the other and completes those that are ready; returns how many were. Ends at the end of
+  /// the list or after so many completions that the clock must be looked at: a coroutine that waits again joins the end
+  /// of the list, so two that are always ready would keep a pass going for ever. The next pass goes on where this ended.
   int pass() {
     int completed = 0;
     const bool alone = waiters_.single();
-    for (cursor_ = waiters_.first(); cursor_ != nullptr && completed < completions_between_clocks;) {
+    if (cursor_ == nullptr) cursor_ = waiters_.first();
+    while (cursor_ != nullptr && completed < completions_between_clocks &&
+           !failed_.load(std::memory_order_relaxed)) {
       hub_waiter& waiter = *cursor_;
       cursor_ = waiter.next;
       if (!waiter.ready(waiter, alone)) continue;
@@ -265,7 +301,6 @@ class asio_hub final : public asio::execution_context::service, public hub {
       ++completed;
       waiter.complete(waiter);
     }
-    cursor_ = nullptr;
     return completed;
   }
 
@@ -282,19 +317,22 @@ class asio_hub final : public asio::execution_context::service, public hub {
         if (looks >= looks_between_clocks) spin_.answered();
         looks = 0;
         completions += completed;
-        if (completions < completions_between_clocks) continue;
+        if (completions < completions_between_clocks && !failed_.load(std::memory_order_relaxed)) continue;
         completions = 0;
         idle_since = last = now_ns();
       } else if (waiters_.empty()) {
         if (go_idle()) return;
         continue;
       } else {
-        if (++looks % looks_between_clocks != 0 && looks != 1) continue;
-        const std::int64_t now = now_ns();
-        if (looks == 1) {
-          idle_since = last = now;
-          if (spin_length() > 0) continue;
+        // The first looks read no clock, so that a message that is near meets no detour; but who never spins parks now.
+        if (++looks == 1 && spin_length() == 0) {
+          if (park()) return;
+          looks = 0;
+          continue;
         }
+        if (looks % looks_between_clocks != 0) continue;
+        const std::int64_t now = now_ns();
+        if (looks == looks_between_clocks) idle_since = last = now;
         if (now - last > spin_budget::preemption_gap) {
           spin_.preempted();
         } else if (now - idle_since >= spin_length()) {
@@ -321,6 +359,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
   /// Whether others have waited long enough.
   [[nodiscard]] bool leave(bool shared, std::int64_t elapsed) const noexcept {
     return (shared && elapsed >= slice_ns) || stopped_.load(std::memory_order_relaxed) ||
+           failed_.load(std::memory_order_relaxed) ||
            shared != shared_.load(std::memory_order_relaxed);
   }
 
@@ -407,9 +446,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
   /// The doorbell is readable.
   void rung(const std::error_code& error, std::uint64_t arming) {
     {
-      // A handler that the turn completes may call the context's poll(), and so this within the turn; it goes on after.
-      std::unique_lock<std::mutex> lock;
-      if (turning_hub != this) lock = std::unique_lock{mutex_};
+      // A handler that is called in a turn may run the context in turn, and so come here.
+      const auto lock = lock_unless_turning();
       if (arming != arming_) return;
       armed_ = false;
       if (error) return;
@@ -427,10 +465,12 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   std::mutex mutex_;
   intrusive_list<hub_waiter> waiters_;
-  /// The next that the pass under way looks at.
+  /// The next that a pass looks at; null: the first.
   hub_waiter* cursor_ = nullptr;
   spin_budget spin_;
   std::int64_t longest_spin_ = 0;
+  /// Whether the context is being destroyed.
+  bool ended_ = false;
   /// Whether our doorbell stands in the words of those who wait.
   bool announced_ = false;
   std::int64_t parked_at_ = 0;
@@ -442,7 +482,9 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   std::mutex roots_mutex_;
   intrusive_list<hub_root> roots_;
+  /// What left a coroutine of ours; the turn ends and throws it.
   std::exception_ptr error_;
+  std::atomic<bool> failed_{false};
 };
 
 asio::execution_context::id asio_hub::id;

@@ -234,7 +234,15 @@ mapping mapping::anonymous(std::size_t bytes, std::optional<unsigned> node) {
 }
 
 mapping mapping::of_file(int descriptor, std::size_t bytes, std::optional<unsigned> node, const std::string& what) {
-  void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
+  // Through a description of its own. A mapping holds the description that it was made from, and fork copies mappings:
+  // locks of that description would live on in the children of a dead owner, with no descriptor to be closed.
+  const std::string file = "/proc/self/fd/" + std::to_string(descriptor);
+  const int fresh = ::open(file.c_str(), O_RDWR | O_CLOEXEC);
+  if (fresh < 0) fail_errno(errno, what + ": opening " + file + " to map it");
+  void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fresh, 0);
+  const int error = errno;
+  ::close(fresh);
+  errno = error;
   if (data == MAP_FAILED) {
     if (errno == ENOMEM) {
       fail(errc::no_space, what + ": expected address space for " + std::to_string(bytes) + " bytes, found less");

@@ -71,7 +71,8 @@ start_server() {
   eventually answers_ping || give_up 'kv-server does not answer PING'
 }
 
-is_over() { ! kill -0 "$1" 2>/dev/null; }
+# A process whose parent has died stays a zombie until somebody else sees to it, and is over nevertheless.
+is_over() { ! grep -q '^State:[[:space:]]*[^Z[:space:]]' "/proc/$1/status" 2>/dev/null; }
 is_stopped() { ! grep -h ^State "/proc/$1"/task/*/status | grep -qv T; }
 nothing_left() { ! compgen -G "/dev/shm/*strait-kv.$port.*" >/dev/null; }
 
@@ -211,6 +212,36 @@ step 'SIGTERM to both processes'
 start_server
 kill -TERM "$engine" "$server"
 server_ends 'SIGTERM to both' 0
+
+step 'SIGTERM while there is more to do than the channel holds'
+start_server
+kill -STOP "$engine"
+eventually is_stopped "$engine" || give_up 'the engine does not stop'
+exec 4<>"/dev/tcp/127.0.0.1/$port"
+for _ in {1..50}; do printf 'SET k %060000d\r\n' 0; done >&4 2>/dev/null &
+asking=$!
+for _ in {1..10}; do talk '*x\r\n' >/dev/null; done  # each round trip gives the gateway time to take some of it
+exec 5<>"/dev/tcp/127.0.0.1/$port"
+printf 'GET k\r\n' >&5  # finds no room any more
+talk '*x\r\n' >/dev/null
+kill -TERM "$server"
+kill -CONT "$engine"
+server_ends 'SIGTERM with requests under way' 0
+kill $asking 2>/dev/null
+wait $asking 2>/dev/null
+exec 4>&- 5>&-
+
+step 'SIGTERM under load'
+for _ in {1..5}; do
+  start_server
+  timeout $patience redis-benchmark -p "$port" -t set,get -n 10000000 -c 20 -P 16 -q >/dev/null 2>&1 &
+  load=$!
+  for _ in {1..3}; do check 'PONG' PING; done
+  kill -TERM "$server"
+  server_ends 'SIGTERM under load' 0
+  kill $load 2>/dev/null
+  wait $load 2>/dev/null
+done
 
 step 'SIGINT'
 start_server

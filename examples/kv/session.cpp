@@ -46,7 +46,7 @@ asio::awaitable<void> session::pass_on(const resp::command& request) {
 }
 
 asio::awaitable<void> session::write_replies() {
-  for (;;) {
+  while (socket_.is_open()) {
     const bool all_said = finished_ && answered_ == asked_;
     if (all_said) output_ += std::exchange(last_words_, {});
     if (!output_.empty()) {

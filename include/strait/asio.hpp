@@ -54,6 +54,17 @@ inline void spawn(asio::io_context& context, task<> what) { spawn(context.get_ex
 
 namespace detail {
 
+/// The hub of an executor of any type. What `any_io_executor` cannot hold, as the executor of `use_future`, waits where
+/// handlers without an executor do; it still runs them itself.
+template <class Executor>
+hub& hub_for(const Executor& executor) {
+  if constexpr (std::is_constructible_v<asio::any_io_executor, const Executor&>) {
+    return hub_of(asio::any_io_executor{executor});
+  } else {
+    return hub_of(asio::any_io_executor{asio::system_executor{}});
+  }
+}
+
 /// An operation that waits on a hub on behalf of a completion handler. `Step` has `end()`, `look(alone)` and
 /// `invoke(handler, aborted)`.
 template <class Step, class Handler>
@@ -61,13 +72,15 @@ class handler_wait final : public hub_waiter {
  public:
   static void start(Step step, Handler&& handler) {
     const auto executor = asio::get_associated_executor(handler, asio::system_executor{});
-    hub& where = hub_of(asio::any_io_executor{executor});
+    hub& where = hub_for(executor);
     allocator_type allocator = allocator_for(handler);
     handler_wait* made = std::allocator_traits<allocator_type>::allocate(allocator, 1);
     ::new (static_cast<void*>(made)) handler_wait{where, std::move(step), std::move(handler), executor};
     auto slot = asio::get_associated_cancellation_slot(made->handler_);
     if (slot.is_connected()) {
-      slot.assign([made](asio::cancellation_type) { made->cancel(); });
+      slot.assign([made](asio::cancellation_type type) {
+        if (type != asio::cancellation_type::none) made->cancel();
+      });
     }
     where.wait(*made);
   }
@@ -131,6 +144,11 @@ class handler_wait final : public hub_waiter {
 
   /// On the handler's executor: only here a message is taken.
   void finish(bool aborted) {
+    // On the way, another operation on the same handle may have taken what this one was woken for.
+    if (!aborted && !step_.look(false)) {
+      where_.wait(*this);
+      return;
+    }
     asio::get_associated_cancellation_slot(handler_).clear();
     auto left = dismantle();
     left.step.invoke(std::move(left.handler), aborted);
@@ -178,7 +196,7 @@ struct whole {
       }
       std::forward<Handler>(handler)(error);
     } else if (aborted) {
-      std::forward<Handler>(handler)(asio::error::operation_aborted, result{});
+      std::forward<Handler>(handler)(std::error_code{asio::error::operation_aborted}, result{});
     } else {
       result value = operation.finish(why);
       std::forward<Handler>(handler)(to_error(why), std::move(value));
@@ -216,21 +234,8 @@ struct asio_suspension {
             detail::until_ready<Operation>{&self.operation_}, asio::use_awaitable_t<Executor>{})};
     static constexpr typename operation_awaitable::suspended_operations through_asio{
         .destroy = [](operation_awaitable& of) noexcept { wait_in(of).~wait_awaitable(); },
-        .resume =
-            [](operation_awaitable& of) {
-              std::error_code* const error = of.operation_.error();
-              if (error == nullptr) {
-                wait_in(of).await_resume();  // throws when the wait was cancelled
-                return true;
-              }
-              try {
-                wait_in(of).await_resume();
-              } catch (const std::system_error& cancelled) {
-                *error = cancelled.code();
-                return false;
-              }
-              return true;
-            }};
+        // Throws when the wait was cancelled.
+        .resume = [](operation_awaitable& of) { wait_in(of).await_resume(); }};
     self.suspended_ = &through_asio;
     wait->await_suspend(awaiting);
   }

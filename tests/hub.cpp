@@ -1,0 +1,990 @@
+#include <strait/asio.hpp>
+
+#include <doctest/doctest.h>
+#include <unistd.h>
+
+#include <array>
+#include <asio/bind_cancellation_slot.hpp>
+#include <asio/bind_executor.hpp>
+#include <asio/cancellation_signal.hpp>
+#include <asio/co_spawn.hpp>
+#include <asio/detached.hpp>
+#include <asio/io_context.hpp>
+#include <asio/local/connect_pair.hpp>
+#include <asio/local/stream_protocol.hpp>
+#include <asio/post.hpp>
+#include <asio/read.hpp>
+#include <asio/steady_timer.hpp>
+#include <asio/strand.hpp>
+#include <asio/thread_pool.hpp>
+#include <asio/use_awaitable.hpp>
+#include <asio/write.hpp>
+#include <atomic>
+#include <chrono>
+#include <coroutine>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "coroutines.hpp"
+
+import strait;
+
+namespace {
+
+using message = std::uint64_t;
+
+/// A thread that runs a context, and can tell whether it sleeps.
+class runner {
+ public:
+  explicit runner(asio::io_context& context)
+      : thread_{[this, &context] {
+          id_ = ::gettid();
+          context.run();
+          returned_ = true;
+        }} {}
+  ~runner() { join(); }
+  void join() {
+    if (thread_.joinable()) thread_.join();
+  }
+  [[nodiscard]] bool returned() const { return returned_; }
+  /// Parked for certain: the word says so, and the kernel has the thread asleep.
+  [[nodiscard]] bool sleeps_with(const std::atomic<std::uint32_t>& word) const {
+    return parked(word) && id_ != 0 && asleep(id_) && parked(word);
+  }
+
+ private:
+  std::atomic<pid_t> id_{0};
+  std::atomic<bool> returned_{false};
+  std::thread thread_;
+};
+
+strait::task<> count_all(strait::receiver<message>& rx, std::atomic<message>& got) {
+  while (auto value = co_await rx.recv()) {
+    if (*value != got) throw std::runtime_error{"out of order"};
+    ++got;
+  }
+}
+
+strait::task<> send_all(strait::sender<message> tx, message count) {
+  for (message i = 0; i < count; ++i) co_await tx.send(i);
+}
+
+asio::awaitable<void> asio_count_all(strait::receiver<message>& rx, std::atomic<message>& got) {
+  while (auto value = co_await rx.recv()) {
+    if (*value != got) throw std::runtime_error{"out of order"};
+    ++got;
+  }
+}
+
+asio::awaitable<void> asio_send_all(strait::sender<message> tx, message count) {
+  for (message i = 0; i < count; ++i) co_await tx.send(i);
+}
+
+const auto rethrow = [](std::exception_ptr error) {
+  if (error) std::rethrow_exception(error);
+};
+
+}  // namespace
+
+TEST_CASE("each context has one hub, whoever asks") {
+  asio::io_context one;
+  asio::io_context two;
+  strait::hub& hub = strait::hub_of(one.get_executor());
+  CHECK(&hub == &strait::hub_of(one.get_executor()));
+  CHECK(&hub == &strait::hub_of(asio::make_strand(one)));
+  CHECK(&hub == &strait::hub_of(asio::any_io_executor{asio::make_strand(one.get_executor())}));
+  CHECK(&hub != &strait::hub_of(two.get_executor()));
+  CHECK(strait::hub::current() == nullptr);
+}
+
+// ---- parking and waking -------------------------------------------------------------------------------------------
+
+TEST_CASE("a parked hub is woken by a sender in another thread, again and again") {
+  for (const auto wait : {strait::wait_policy::adaptive, strait::wait_policy::park}) {
+    asio::io_context context{1};
+    watched_channel<message> channel{{.capacity = 16, .wait = wait}};
+    std::atomic<message> got{0};
+    strait::spawn(context, count_all(channel.rx, got));
+    runner thread{context};
+    for (message i = 0; i < 50; ++i) {
+      REQUIRE(eventually([&] { return got == i; }));
+      // The word says "parked" before the last look: with every other message only that is waited for.
+      REQUIRE(eventually(
+          [&] { return i % 2 == 0 ? thread.sleeps_with(*channel.receiver_word) : parked(*channel.receiver_word); }));
+      channel.tx.blocking_send(i);
+    }
+    channel.tx.close();
+    thread.join();
+    CHECK(got == 50);
+  }
+}
+
+TEST_CASE("a hub that waits busily never parks") {
+  asio::io_context context{1};
+  watched_channel<message> channel{{.capacity = 16, .wait = strait::wait_policy::busy}};
+  std::atomic<message> got{0};
+  std::atomic<int> turns{0};
+  strait::spawn(context, count_all(channel.rx, got));
+  runner thread{context};
+  // Many slices and far more than the longest spin: every handler that gets its turn marks the end of a slice.
+  for (int i = 0; i < 100; ++i) {
+    asio::post(context, [&] { ++turns; });
+    REQUIRE(eventually([&] { return turns == i + 1; }));
+    REQUIRE_FALSE(parked(*channel.receiver_word));
+  }
+  channel.tx.blocking_send(0);
+  REQUIRE(eventually([&] { return got == 1; }));
+  channel.tx.close();
+}
+
+TEST_CASE("a parked hub is woken by a close") {
+  asio::io_context context{1};
+  watched_channel<message> channel{{.wait = strait::wait_policy::park}};
+  std::atomic<message> got{0};
+  strait::spawn(context, count_all(channel.rx, got));
+  runner thread{context};
+  REQUIRE(eventually([&] { return thread.sleeps_with(*channel.receiver_word); }));
+  channel.tx.close();
+  thread.join();
+  CHECK(got == 0);
+}
+
+TEST_CASE("a sender parked because the lane is full is woken by the receiver, and by its close") {
+  asio::io_context context{1};
+  watched_channel<message> channel{{.capacity = 8, .wait = strait::wait_policy::park}};
+  std::optional<std::error_code> ended;
+  asio::co_spawn(
+      context,
+      [](strait::sender<message>& tx, std::optional<std::error_code>& end) -> asio::awaitable<void> {
+        std::error_code error;
+        for (message i = 0; !error; ++i) co_await tx.send(i, error);
+        end = error;
+      }(channel.tx, ended),
+      rethrow);
+  runner thread{context};
+  for (message i = 0; i < 100; ++i) {
+    REQUIRE(eventually([&] { return thread.sleeps_with(*channel.sender_word); }));
+    REQUIRE(channel.rx.try_recv() == i);
+  }
+  REQUIRE(eventually([&] { return thread.sleeps_with(*channel.sender_word); }));
+  channel.rx.close();
+  thread.join();
+  CHECK(ended == strait::errc::closed);
+}
+
+TEST_CASE("a parked hub is woken by another hub, both ways") {
+  asio::io_context left{1};
+  asio::io_context right{1};
+  watched_channel<message> there{{.capacity = 4, .wait = strait::wait_policy::park}};
+  watched_channel<message> back{{.capacity = 4, .wait = strait::wait_policy::park}};
+  constexpr message rounds = 2'000;
+  message answered = 0;
+  strait::spawn(left, [](strait::sender<message> tx, strait::receiver<message>& rx, message& done) -> strait::task<> {
+    for (message i = 0; i < rounds; ++i) {
+      co_await tx.send(i);
+      const auto reply = co_await rx.recv();
+      if (reply != i + 1) throw std::runtime_error{"wrong answer"};
+      ++done;
+    }
+  }(std::move(there.tx), back.rx, answered));
+  strait::spawn(right, [](strait::receiver<message>& rx, strait::sender<message> tx) -> strait::task<> {
+    while (const auto request = co_await rx.recv()) co_await tx.send(*request + 1);
+  }(there.rx, std::move(back.tx)));
+  runner one{left};
+  runner two{right};
+  one.join();
+  two.join();
+  CHECK(answered == rounds);
+}
+
+TEST_CASE("one hub waits for 200 channels, and each wakes its own coroutine") {
+  constexpr std::size_t count = 200;
+  constexpr message rounds = 5;
+  asio::io_context context{1};
+  std::vector<watched_channel<message>> channels;
+  std::vector<std::atomic<message>> got(count);
+  channels.reserve(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    channels.emplace_back(strait::channel_options{.capacity = 4});
+    if (i % 2 == 0) {
+      strait::spawn(context, count_all(channels[i].rx, got[i]));
+    } else {
+      asio::co_spawn(context, asio_count_all(channels[i].rx, got[i]), rethrow);
+    }
+  }
+  runner thread{context};
+  std::mt19937 random{1};
+  for (message round = 0; round < rounds; ++round) {
+    REQUIRE(eventually([&] { return thread.sleeps_with(*channels[random() % count].receiver_word); }));
+    // One alone: nobody else's coroutine goes on.
+    const std::size_t chosen = random() % count;
+    const message before = got[chosen];
+    channels[chosen].tx.blocking_send(before);
+    REQUIRE(eventually([&] { return got[chosen] == before + 1; }));
+    message total = 0;
+    for (const auto& one : got) total += one;
+    CHECK(total == round + 1);
+  }
+  // All at once.
+  for (std::size_t i = 0; i < count; ++i) {
+    while (got[i] < rounds + 1) {
+      const message next = got[i];
+      channels[i].tx.blocking_send(next);
+      REQUIRE(eventually([&] { return got[i] == next + 1; }));
+    }
+    channels[i].tx.close();
+  }
+  thread.join();
+  for (const auto& one : got) CHECK(one == rounds + 1);
+}
+
+TEST_CASE("two coroutines that wait for one channel share what comes") {
+  asio::io_context context{1};
+  watched_channel<message> channel{{.capacity = 64, .wait = strait::wait_policy::park}};
+  std::atomic<message> sum{0};
+  const auto take = [](strait::receiver<message>& rx, std::atomic<message>& into) -> strait::task<> {
+    while (const auto value = co_await rx.recv()) into += *value;
+  };
+  strait::spawn(context, take(channel.rx, sum));
+  strait::spawn(context, take(channel.rx, sum));
+  runner thread{context};
+  message expected = 0;
+  for (message i = 1; i <= 1'000; ++i) {
+    channel.tx.blocking_send(i);
+    expected += i;
+  }
+  REQUIRE(eventually([&] { return thread.sleeps_with(*channel.receiver_word); }));
+  channel.tx.close();
+  thread.join();
+  CHECK(sum == expected);
+}
+
+// ---- when run() returns --------------------------------------------------------------------------------------------
+
+TEST_CASE("run() goes on while a recv is outstanding and returns when nobody waits") {
+  asio::io_context context{1};
+  watched_channel<message> channel{{.capacity = 4}};
+  std::atomic<message> got{0};
+  strait::spawn(context, count_all(channel.rx, got));
+  runner thread{context};
+  REQUIRE(eventually([&] { return thread.sleeps_with(*channel.receiver_word); }));
+  CHECK_FALSE(thread.returned());
+  channel.tx.blocking_send(0);
+  REQUIRE(eventually([&] { return got == 1; }));
+  REQUIRE(eventually([&] { return thread.sleeps_with(*channel.receiver_word); }));
+  CHECK_FALSE(thread.returned());
+  channel.tx.close();
+  thread.join();
+  CHECK(thread.returned());
+  // And once more with the same hub.
+  watched_channel<message> second{{.capacity = 4}};
+  second.tx.blocking_send(1);
+  second.tx.close();
+  context.restart();
+  strait::spawn(context, count_all(second.rx, got));
+  context.run();
+  CHECK(got == 2);
+}
+
+TEST_CASE("run() returns when the last operation that a parked hub waited for is cancelled") {
+  asio::io_context context{1};
+  watched_channel<message> channel{{.wait = strait::wait_policy::park}};
+  asio::cancellation_signal stop;
+  std::optional<std::error_code> ended;
+  strait::async_recv(
+      channel.rx,
+      asio::bind_executor(
+          context, asio::bind_cancellation_slot(stop.slot(), [&](std::error_code error, std::optional<message> value) {
+            CHECK_FALSE(value);
+            ended = error;
+          })));
+  runner thread{context};
+  REQUIRE(eventually([&] { return thread.sleeps_with(*channel.receiver_word); }));
+  asio::post(context, [&] { stop.emit(asio::cancellation_type::terminal); });
+  REQUIRE(eventually([&] { return thread.returned(); }));
+  CHECK(ended == asio::error::operation_aborted);
+  CHECK_FALSE(parked(*channel.receiver_word));
+}
+
+TEST_CASE("run() returns when the last coroutine that a parked hub waited for is destroyed") {
+  asio::io_context context{1};
+  watched_channel<message> channel{{.wait = strait::wait_policy::park}};
+  std::optional<owned_coroutine> waiting;
+  waiting.emplace([](strait::receiver<message>& rx) -> owned_coroutine { (void)co_await rx.recv(); }(channel.rx));
+  // Begun in a turn, so that it finds the hub.
+  strait::spawn(context, [](owned_coroutine& begin) -> strait::task<> {
+    begin.resume();
+    co_return;
+  }(*waiting));
+  runner thread{context};
+  REQUIRE(eventually([&] { return thread.sleeps_with(*channel.receiver_word); }));
+  asio::post(context, [&] { waiting.reset(); });
+  REQUIRE(eventually([&] { return thread.returned(); }));
+  CHECK_FALSE(parked(*channel.receiver_word));
+  channel.tx.blocking_send(1);
+  CHECK(channel.rx.try_recv() == 1);
+}
+
+TEST_CASE("one of two waiters of a parked end is cancelled: the other is still woken") {
+  asio::io_context context{1};
+  watched_channel<message> channel{{.wait = strait::wait_policy::park}};
+  asio::cancellation_signal stop;
+  std::optional<std::error_code> cancelled;
+  std::optional<message> value_of_other;
+  const auto receive = [&](auto done) {
+    strait::async_recv(channel.rx, asio::bind_executor(context, std::move(done)));
+  };
+  receive(asio::bind_cancellation_slot(stop.slot(),
+                                       [&](std::error_code error, std::optional<message>) { cancelled = error; }));
+  receive([&](std::error_code, std::optional<message> value) { value_of_other = value; });
+  runner thread{context};
+  REQUIRE(eventually([&] { return thread.sleeps_with(*channel.receiver_word); }));
+  std::atomic<bool> emitted{false};
+  asio::post(context, [&] {
+    stop.emit(asio::cancellation_type::terminal);
+    emitted = true;
+  });
+  REQUIRE(eventually([&] { return emitted && thread.sleeps_with(*channel.receiver_word); }));
+  channel.tx.blocking_send(7);
+  REQUIRE(eventually([&] { return thread.returned(); }));
+  CHECK(cancelled == asio::error::operation_aborted);
+  CHECK(value_of_other == 7);
+}
+
+TEST_CASE("an executor that tracks work does not keep run() from returning") {
+  asio::io_context context{1};
+  std::atomic<message> got{0};
+  watched_channel<message> channel;
+  channel.tx.blocking_send(0);
+  channel.tx.close();
+  strait::spawn(asio::require(context.get_executor(), asio::execution::outstanding_work.tracked),
+                count_all(channel.rx, got));
+  runner thread{context};
+  REQUIRE(eventually([&] { return thread.returned(); }));
+  CHECK(got == 1);
+}
+
+// ---- fairness ------------------------------------------------------------------------------------------------------
+
+namespace {
+
+/// More operations than any slice and budget allow for without the others having had their turn.
+constexpr message starved = 2'000'000;
+
+/// Sends to itself, so that every operation is ready: until `stop`, or until it is clear that nobody else gets a turn.
+strait::task<> spin(strait::sender<message> tx, strait::receiver<message> rx, const std::atomic<bool>& stop,
+                    message& count) {
+  while (!stop && count < starved) {
+    co_await tx.send(count);
+    (void)co_await rx.recv();
+    ++count;
+  }
+}
+asio::awaitable<void> asio_spin(strait::sender<message> tx, strait::receiver<message> rx, const std::atomic<bool>& stop,
+                                message& count) {
+  while (!stop && count < starved) {
+    co_await tx.send(count);
+    (void)co_await rx.recv();
+    ++count;
+  }
+}
+/// The same, but every message is put there one by one, and found only by a look at the lane.
+strait::task<> spin_one_by_one(strait::sender<message> tx, strait::receiver<message> rx, const std::atomic<bool>& stop,
+                               message& count) {
+  while (!stop && count < starved) {
+    if (!tx.try_send(count)) throw std::runtime_error{"full"};
+    (void)co_await rx.recv();
+    ++count;
+  }
+}
+strait::task<> spin_one_slot(strait::sender<message> tx, strait::receiver<message> rx, const std::atomic<bool>& stop,
+                             message& count) {
+  while (!stop && count < starved) {
+    co_await tx.send(count);
+    if (!rx.try_recv()) throw std::runtime_error{"empty"};
+    ++count;
+  }
+}
+
+/// In batches, which never end where a single message would.
+strait::task<> spin_many(strait::sender<message> tx, strait::receiver<message> rx, const std::atomic<bool>& stop,
+                         message& count) {
+  std::array<message, 32> batch{};
+  while (!stop && count < starved) {
+    (void)co_await tx.send_many(batch);
+    (void)co_await rx.recv_many(batch);
+    count += batch.size();
+  }
+}
+strait::task<> spin_in_place(strait::sender<message> tx, strait::receiver<message> rx, const std::atomic<bool>& stop,
+                             message& count) {
+  while (!stop && count < starved) {
+    auto room = co_await tx.reserve(32);
+    room.commit();
+    const auto there = co_await rx.peek();
+    rx.release(there.size());
+    count += there.size();
+  }
+}
+
+}  // namespace
+
+TEST_CASE("a channel that is always ready starves neither a timer nor another coroutine") {
+  asio::io_context context{1};
+  std::atomic<bool> stop{false};
+  std::vector<message> counts(1);
+  std::size_t loops = 1;
+  std::size_t capacity = 64;
+  enum class kind { task, awaitable, one_by_one, one_slot, many, in_place } how = kind::task;
+  SUBCASE("a task") {}
+  SUBCASE("an asio::awaitable") {
+    how = kind::awaitable;
+  }
+  SUBCASE("two tasks") {
+    loops = 2;
+  }
+  SUBCASE("three asio::awaitables") {
+    how = kind::awaitable;
+    loops = 3;
+  }
+  SUBCASE("messages that come one by one") {
+    how = kind::one_by_one;
+  }
+  SUBCASE("batches") {
+    how = kind::many;
+  }
+  SUBCASE("batches in place") {
+    how = kind::in_place;
+  }
+  SUBCASE("a lane of one slot") {
+    how = kind::one_slot;
+    capacity = 1;
+  }
+  counts.resize(loops);
+  for (std::size_t i = 0; i < loops; ++i) {
+    auto [tx, rx] = strait::make_channel<message>({.capacity = capacity});
+    switch (how) {
+      case kind::task:
+        strait::spawn(context, spin(std::move(tx), std::move(rx), stop, counts[i]));
+        break;
+      case kind::awaitable:
+        asio::co_spawn(context, asio_spin(std::move(tx), std::move(rx), stop, counts[i]), rethrow);
+        break;
+      case kind::one_by_one:
+        strait::spawn(context, spin_one_by_one(std::move(tx), std::move(rx), stop, counts[i]));
+        break;
+      case kind::many:
+        strait::spawn(context, spin_many(std::move(tx), std::move(rx), stop, counts[i]));
+        break;
+      case kind::in_place:
+        strait::spawn(context, spin_in_place(std::move(tx), std::move(rx), stop, counts[i]));
+        break;
+      case kind::one_slot:
+        strait::spawn(context, spin_one_slot(std::move(tx), std::move(rx), stop, counts[i]));
+        break;
+    }
+  }
+  // Another coroutine, a timer and a socket; each has to get on twenty times.
+  constexpr int laps = 20;
+  int others = 0;
+  const auto lap_done = [&] {
+    if (++others == 3) stop = true;
+  };
+  auto [lap_tx, lap_rx] = strait::make_channel<message>({.capacity = 1});
+  strait::spawn(context, [](strait::receiver<message> rx, auto done) -> strait::task<> {
+    for (int i = 0; i < laps; ++i) (void)co_await rx.recv();
+    done();
+  }(std::move(lap_rx), lap_done));
+  strait::spawn(context, send_all(std::move(lap_tx), laps));
+  asio::co_spawn(
+      context,
+      [](auto done) -> asio::awaitable<void> {
+        asio::steady_timer timer{co_await asio::this_coro::executor};
+        for (int i = 0; i < laps; ++i) {
+          timer.expires_after(std::chrono::nanoseconds{1});
+          co_await timer.async_wait(asio::use_awaitable);
+        }
+        done();
+      }(lap_done),
+      rethrow);
+  asio::local::stream_protocol::socket near{context};
+  asio::local::stream_protocol::socket far{context};
+  asio::local::connect_pair(near, far);
+  asio::co_spawn(
+      context,
+      [](asio::local::stream_protocol::socket& a, asio::local::stream_protocol::socket& b,
+         auto done) -> asio::awaitable<void> {
+        for (int i = 0; i < laps; ++i) {
+          char byte = 'x';
+          co_await asio::async_write(a, asio::buffer(&byte, 1), asio::use_awaitable);
+          co_await asio::async_read(b, asio::buffer(&byte, 1), asio::use_awaitable);
+        }
+        done();
+      }(near, far, lap_done),
+      rethrow);
+  context.run();
+  CHECK(others == 3);
+  for (const message count : counts) CHECK(count < starved);
+}
+
+TEST_CASE("a busy receiver leaves the context to others while nothing comes") {
+  asio::io_context context{1};
+  auto [tx, rx] = strait::make_channel<message>({.wait = strait::wait_policy::busy});
+  std::atomic<message> got{0};
+  strait::spawn(context, count_all(rx, got));
+  asio::steady_timer timer{context};
+  int laps = 0;
+  std::function<void(std::error_code)> lap = [&](std::error_code) {
+    if (++laps == 20) {
+      tx.close();
+      return;
+    }
+    timer.expires_after(std::chrono::nanoseconds{1});
+    timer.async_wait(lap);
+  };
+  lap({});
+  context.run();
+  CHECK(laps == 20);
+}
+
+TEST_CASE("a context may be run from within a turn") {
+  // Without the hint 1, with which Asio itself miscounts its work when it is run within a handler that posted.
+  asio::io_context context;
+  watched_channel<message> first{{.wait = strait::wait_policy::park}};
+  watched_channel<message> second{{.wait = strait::wait_policy::park}};
+  std::atomic<message> got{0};
+  bool posted = false;
+  strait::spawn(context, [](asio::io_context& inner, strait::receiver<message>& rx, bool& flag) -> strait::task<> {
+    (void)co_await rx.recv();
+    asio::post(inner, [&] { flag = true; });
+    while (!flag) inner.poll();
+  }(context, first.rx, posted));
+  strait::spawn(context, count_all(second.rx, got));
+  runner thread{context};
+  REQUIRE(eventually([&] { return thread.sleeps_with(*first.receiver_word); }));
+  first.tx.blocking_send(0);
+  second.tx.blocking_send(0);
+  second.tx.close();
+  REQUIRE(eventually([&] { return thread.returned(); }));
+  CHECK(posted);
+  CHECK(got == 1);
+}
+
+// ---- several threads
+// -------------------------------------------------------------------------------------------------
+
+TEST_CASE("a context of three threads: channels between coroutines, with strands and without") {
+  asio::io_context context{3};
+  constexpr std::size_t pairs = 8;
+  constexpr message count = 3'000;
+  std::vector<std::atomic<message>> got(pairs);
+  for (std::size_t i = 0; i < pairs; ++i) {
+    auto [tx, rx] = strait::make_channel<message>({.capacity = i % 2 == 0 ? 1U : 16U});
+    auto consume = [](strait::receiver<message> own, std::atomic<message>& into) -> asio::awaitable<void> {
+      co_await asio_count_all(own, into);
+    }(std::move(rx), got[i]);
+    auto produce = asio_send_all(std::move(tx), count);
+    if (i % 4 < 2) {
+      asio::co_spawn(asio::make_strand(context), std::move(consume), rethrow);
+      asio::co_spawn(asio::make_strand(context), std::move(produce), rethrow);
+    } else {
+      asio::co_spawn(context, std::move(consume), rethrow);
+      asio::co_spawn(context, std::move(produce), rethrow);
+    }
+  }
+  {
+    runner one{context};
+    runner two{context};
+    runner three{context};
+  }
+  for (const auto& one : got) CHECK(one == count);
+}
+
+TEST_CASE("a context of two threads: spawned tasks, fed from outside while parked") {
+  asio::io_context context{2};
+  constexpr std::size_t count = 4;
+  constexpr message messages = 500;
+  std::vector<watched_channel<message>> channels;
+  std::vector<std::atomic<message>> got(count);
+  channels.reserve(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    channels.emplace_back(strait::channel_options{.capacity = 8, .wait = strait::wait_policy::park});
+    strait::spawn(context, count_all(channels[i].rx, got[i]));
+  }
+  runner one{context};
+  runner two{context};
+  for (message i = 0; i < messages; ++i) {
+    for (auto& channel : channels) channel.tx.blocking_send(i);
+  }
+  for (auto& channel : channels) channel.tx.close();
+  one.join();
+  two.join();
+  for (const auto& each : got) CHECK(each == messages);
+}
+
+TEST_CASE("a thread pool of Asio's is a context like any other") {
+  asio::thread_pool pool{2};
+  auto [tx, rx] = strait::make_channel<message>({.capacity = 4});
+  std::atomic<message> got{0};
+  asio::co_spawn(asio::make_strand(pool), asio_count_all(rx, got), rethrow);
+  asio::co_spawn(asio::make_strand(pool), asio_send_all(std::move(tx), 2'000), rethrow);
+  pool.join();
+  CHECK(got == 2'000);
+}
+
+TEST_CASE("coroutines of one strand share a handle in a context of one thread") {
+  asio::io_context context{1};
+  const auto strand = asio::make_strand(context);
+  auto [tx, rx] = strait::make_channel<message>({.capacity = 8});
+  int values = 0;
+  int ends = 0;
+  // Both wait when the one message comes: whoever does not get it must not take that for the end of the stream.
+  for (int i = 0; i < 2; ++i) {
+    strait::async_recv(rx, asio::bind_executor(strand, [&](std::error_code error, std::optional<message> value) {
+                         CHECK_FALSE(error);
+                         ++(value ? values : ends);
+                       }));
+  }
+  context.poll();
+  CHECK(tx.try_send(message{1}));
+  asio::post(context, [&] { asio::post(context, [&] { tx.close(); }); });
+  context.run();
+  CHECK(values == 1);
+  CHECK(ends == 1);
+}
+
+TEST_CASE("senders of one strand share a handle in a context of one thread") {
+  asio::io_context context{1};
+  const auto strand = asio::make_strand(context);
+  auto [tx, rx] = strait::make_channel<message>({.capacity = 1});
+  CHECK(tx.try_send(message{0}));
+  int sent = 0;
+  for (message i = 1; i <= 2; ++i) {
+    strait::async_send(tx, i, asio::bind_executor(strand, [&](std::error_code error) {
+                         CHECK_FALSE(error);
+                         ++sent;
+                       }));
+  }
+  context.poll();
+  CHECK(rx.try_recv() == 0);
+  message next = 1;
+  while (sent < 2) {
+    context.run_one();
+    if (const auto value = rx.try_recv()) CHECK(*value == next++);
+  }
+  if (next == 2) CHECK(rx.try_recv() == 2);
+}
+
+// ---- errors and ends
+// -------------------------------------------------------------------------------------------------
+
+TEST_CASE("what leaves a spawned task is thrown out of run(), and the hub goes on") {
+  asio::io_context context{1};
+  auto [tx, rx] = strait::make_channel<message>();
+  std::atomic<message> got{0};
+  strait::spawn(context, count_all(rx, got));
+  const auto fail = [](const char* what) -> strait::task<> {
+    throw std::runtime_error{what};
+    co_return;
+  };
+  strait::spawn(context, fail("first"));
+  CHECK_THROWS_WITH_AS(context.run(), "first", std::runtime_error);
+  context.restart();
+  strait::spawn(context, fail("second"));
+  CHECK_THROWS_WITH_AS(context.run(), "second", std::runtime_error);
+  tx.blocking_send(0);
+  tx.close();
+  context.run();
+  CHECK(got == 1);
+}
+
+TEST_CASE("what leaves several tasks in one turn is thrown one by one") {
+  asio::io_context context{1};
+  const auto fail = [](const char* what) -> strait::task<> {
+    throw std::runtime_error{what};
+    co_return;
+  };
+  strait::spawn(context, fail("one"));
+  strait::spawn(context, fail("two"));
+  std::string caught;
+  for (int i = 0; i < 2; ++i) {
+    try {
+      context.run();
+    } catch (const std::runtime_error& error) {
+      caught += error.what();
+    }
+  }
+  CHECK(caught == "onetwo");
+}
+
+TEST_CASE("what a completion handler throws comes out of run(), and the hub goes on") {
+  asio::io_context context{1};
+  auto [tx, rx] = strait::make_channel<message>();
+  std::atomic<message> got{0};
+  strait::async_recv(rx, asio::bind_executor(context, [](std::error_code, std::optional<message>) {
+                       throw std::runtime_error{"from the handler"};
+                     }));
+  tx.blocking_send(9);
+  CHECK_THROWS_WITH(context.run(), "from the handler");
+  context.restart();  // nothing was left to do
+  strait::spawn(context, count_all(rx, got));
+  tx.blocking_send(0);
+  tx.close();
+  context.run();
+  CHECK(got == 1);
+}
+
+TEST_CASE("a context is destroyed with operations that wait: everything is freed, nothing is resumed") {
+  int turns = 0;  // handlers that are run first; -1: until the hub is parked
+  SUBCASE("never run") {}
+  SUBCASE("the tasks have begun") {
+    turns = 1;
+  }
+  SUBCASE("all have begun") {
+    turns = 2;
+  }
+  SUBCASE("parked") {
+    turns = -1;
+  }
+  const auto held = std::make_shared<int>(0);
+  watched_channel<message> channel{{.wait = strait::wait_policy::park}};
+  watched_channel<message> full{{.capacity = 1, .wait = strait::wait_policy::park}};
+  REQUIRE(full.tx.try_send(message{1}));
+  int living = 0;
+  {
+    asio::io_context context{1};
+    strait::spawn(context, [](strait::receiver<message>& rx, std::shared_ptr<int>, int& count) -> strait::task<> {
+      const counted here{count};
+      co_await [](strait::receiver<message>& from, int& inner) -> strait::task<> {
+        const counted level{inner};
+        (void)co_await from.recv();
+        FAIL("resumed");
+      }(rx, count);
+    }(channel.rx, held, living));
+    asio::co_spawn(
+        context,
+        [](strait::sender<message>& tx, std::shared_ptr<int>, int& count) -> asio::awaitable<void> {
+          const counted here{count};
+          co_await tx.send(2);
+          FAIL("resumed");
+        }(full.tx, held, living),
+        rethrow);
+    strait::async_recv(
+        channel.rx, asio::bind_executor(context, [held](std::error_code, std::optional<message>) { FAIL("called"); }));
+    if (turns < 0) {
+      while (!parked(*channel.receiver_word)) context.poll();
+      CHECK(parked(*full.sender_word));
+    } else {
+      for (int i = 0; i < turns; ++i) context.run_one();
+    }
+    CHECK(held.use_count() == 4);
+  }
+  CHECK(living == 0);
+  CHECK(held.use_count() == 1);
+  // The handles can be used on.
+  CHECK(channel.tx.try_send(message{3}));
+  CHECK(channel.rx.blocking_recv() == 3);
+  CHECK(full.rx.try_recv() == 1);
+}
+
+TEST_CASE("a context may be destroyed after the handles that its operations name") {
+  asio::io_context context{1};
+  const auto held = std::make_shared<int>(0);
+  {
+    watched_channel<message> channel{{.wait = strait::wait_policy::park}};
+    strait::spawn(context, [](strait::receiver<message>& rx, std::shared_ptr<int>) -> strait::task<> {
+      (void)co_await rx.recv();
+    }(channel.rx, held));
+    asio::co_spawn(
+        context,
+        [](strait::receiver<message>& rx, std::shared_ptr<int>) -> asio::awaitable<void> { (void)co_await rx.recv(); }(
+                                                                    channel.rx, held),
+        rethrow);
+    while (!parked(*channel.receiver_word)) context.poll();
+  }
+  CHECK(held.use_count() == 3);
+}
+
+// ---- cancellation
+// ----------------------------------------------------------------------------------------------------
+
+namespace {
+
+/// Runs one operation after the other on a strand of a context of two threads, and cancels them at random points of
+/// their lives.
+class cancelling_loop {
+ public:
+  cancelling_loop(asio::io_context& context, unsigned seed)
+      : context_{context}, strand_{asio::make_strand(context)}, random_{seed} {}
+
+  /// `begin(handler)` starts one operation.
+  template <class Begin, class Handler>
+  void operation(Begin begin, Handler handler) {
+    begin(asio::bind_executor(strand_, asio::bind_cancellation_slot(signal_->slot(), std::move(handler))));
+    // At once, or after a few hops through the context's threads: the operation may be waiting, ready, on its way to
+    // its handler, or another one by then.
+    for (unsigned i = random_() % 3; i > 0; --i) hop(random_() % 4);
+  }
+  template <class Start>
+  void start(Start start) {
+    asio::post(strand_, std::move(start));
+  }
+
+ private:
+  void hop(unsigned more) {
+    if (more == 0) {
+      signal_->emit(asio::cancellation_type::total);
+      return;
+    }
+    asio::post(context_, [this, more] { asio::post(strand_, [this, more] { hop(more - 1); }); });
+  }
+
+  asio::io_context& context_;
+  asio::strand<asio::io_context::executor_type> strand_;
+  std::unique_ptr<asio::cancellation_signal> signal_ = std::make_unique<asio::cancellation_signal>();
+  std::mt19937 random_;
+};
+
+constexpr message cancelled_messages = 5'000;
+
+}  // namespace
+
+TEST_CASE("receives that are cancelled at any moment take nothing and lose nothing") {
+  asio::io_context context{2};
+  cancelling_loop loop{context, 1};
+  auto [tx, rx] = strait::make_channel<message>({.capacity = 8});
+  message expected = 0;
+  int cancelled = 0;
+  int wrong = 0;
+  std::function<void()> next = [&] {
+    loop.operation([&](auto token) { strait::async_recv(rx, std::move(token)); },
+                   [&](std::error_code error, std::optional<message> value) {
+                     if (error == asio::error::operation_aborted) {
+                       ++cancelled;
+                       wrong += value.has_value();
+                     } else if (!value) {
+                       wrong += error ? 1 : 0;
+                       return;  // the end
+                     } else {
+                       wrong += *value != expected++;
+                     }
+                     next();
+                   });
+  };
+  loop.start(next);
+  std::thread producer{[&tx] {
+    for (message i = 0; i < cancelled_messages; ++i) tx.blocking_send(i);
+    tx.close();
+  }};
+  {
+    runner one{context};
+    runner two{context};
+  }
+  producer.join();
+  CHECK(wrong == 0);
+  CHECK(expected == cancelled_messages);
+  CHECK(cancelled > 0);
+}
+
+TEST_CASE("sends that are cancelled at any moment sent nothing, and those that were not sent it once") {
+  asio::io_context context{2};
+  cancelling_loop loop{context, 2};
+  auto [tx, rx] = strait::make_channel<message>({.capacity = 2});
+  message next_message = 0;
+  int cancelled = 0;
+  int wrong = 0;
+  std::function<void()> next = [&] {
+    loop.operation([&](auto token) { strait::async_send(tx, next_message, std::move(token)); },
+                   [&](std::error_code error) {
+                     if (error == asio::error::operation_aborted) {
+                       ++cancelled;
+                     } else {
+                       wrong += error ? 1 : 0;
+                       if (++next_message == cancelled_messages) {
+                         tx.close();
+                         return;
+                       }
+                     }
+                     next();
+                   });
+  };
+  loop.start(next);
+  message expected = 0;
+  int disordered = 0;
+  std::thread consumer{[&] {
+    while (const auto value = rx.blocking_recv()) disordered += *value != expected++;
+  }};
+  {
+    runner one{context};
+    runner two{context};
+  }
+  consumer.join();
+  CHECK(wrong == 0);
+  CHECK(disordered == 0);
+  CHECK(expected == cancelled_messages);
+  CHECK(cancelled > 0);
+}
+
+TEST_CASE("an asio::awaitable on a strand is cancelled at any moment: nothing is lost") {
+  asio::io_context context{2};
+  auto [tx, rx] = strait::make_channel<message>({.capacity = 8});
+  message expected = 0;
+  bool ended = false;
+  int wrong = 0;
+  int cancelled = 0;
+  const auto strand = asio::make_strand(context);
+  // A coroutine that is cancelled begins again, until the stream has ended.
+  asio::cancellation_signal stop;
+  std::function<void()> begin = [&] {
+    asio::co_spawn(
+        strand,
+        [](strait::receiver<message>& from, message& next, int& bad) -> asio::awaitable<bool> {
+          while (const auto value = co_await from.recv()) bad += *value != next++;
+          co_return true;
+        }(rx, expected, wrong),
+        asio::bind_cancellation_slot(stop.slot(), asio::bind_executor(strand, [&](std::exception_ptr error, bool end) {
+                                       if (error) {
+                                         try {
+                                           std::rethrow_exception(error);
+                                         } catch (const std::system_error& why) {
+                                           wrong += why.code() != asio::error::operation_aborted;
+                                           ++cancelled;
+                                         }
+                                       }
+                                       if (end) {
+                                         ended = true;
+                                       } else {
+                                         begin();
+                                       }
+                                     })));
+  };
+  std::function<void()> cancel = [&] {
+    if (ended) return;
+    stop.emit(asio::cancellation_type::terminal);
+    asio::post(context, [&] { asio::post(strand, cancel); });
+  };
+  asio::post(strand, begin);
+  asio::post(strand, cancel);
+  std::thread producer{[&tx] {
+    for (message i = 0; i < cancelled_messages; ++i) tx.blocking_send(i);
+    tx.close();
+  }};
+  {
+    runner one{context};
+    runner two{context};
+  }
+  producer.join();
+  CHECK(wrong == 0);
+  CHECK(expected == cancelled_messages);
+  CHECK(cancelled > 0);
+}

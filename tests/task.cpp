@@ -1,0 +1,270 @@
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <coroutine>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "coroutines.hpp"
+
+import strait.task;
+
+namespace {
+
+strait::task<int> answer() {
+  co_return 42;
+}
+strait::task<std::string> text(std::string of) {
+  co_return of + of;
+}
+strait::task<std::unique_ptr<int>> boxed(int value) {
+  co_return std::make_unique<int>(value);
+}
+strait::task<int> fails() {
+  throw std::runtime_error{"from the task"};
+  co_return 0;
+}
+strait::task<> fails_without_value() {
+  throw std::logic_error{"nothing to return"};
+  co_return;
+}
+
+/// Runs a task to its end in a coroutine that knows no hub; the task must not have to wait.
+owned_coroutine drive(strait::task<> what) {
+  co_await std::move(what);
+}
+void run(strait::task<> what) {
+  const owned_coroutine driver = drive(std::move(what));
+  driver.resume();
+  CHECK(driver.done());
+}
+
+}  // namespace
+
+TEST_CASE("what a task returns goes to whoever awaits it") {
+  int checks = 0;
+  run([](int& done) -> strait::task<> {
+    const int number = co_await answer();
+    const std::string word = co_await text("ab");
+    CHECK(number == 42);
+    CHECK(word == "abab");
+    ++done;
+  }(checks));
+  CHECK(checks == 1);
+}
+
+TEST_CASE("a result that can only be moved") {
+  run([]() -> strait::task<> {
+    std::unique_ptr<int> box = co_await boxed(7);
+    REQUIRE(box != nullptr);
+    CHECK(*box == 7);
+  }());
+}
+
+TEST_CASE("a result without a default constructor, converted from another type") {
+  struct only_from_int {
+    explicit only_from_int(int v) : value{v} {}
+    int value;
+  };
+  run([]() -> strait::task<> {
+    const auto made = co_await []() -> strait::task<only_from_int> { co_return 5; }();
+    CHECK(made.value == 5);
+  }());
+}
+
+TEST_CASE("an exception is thrown where the task is awaited, and nowhere else") {
+  run([]() -> strait::task<> {
+    std::string caught;
+    try {
+      (void)co_await fails();
+    } catch (const std::runtime_error& error) {
+      caught = error.what();
+    }
+    CHECK(caught == "from the task");
+    caught.clear();
+    try {
+      co_await fails_without_value();
+    } catch (const std::logic_error& error) {
+      caught = error.what();
+    }
+    CHECK(caught == "nothing to return");
+    const int after = co_await answer();
+    CHECK(after == 42);
+  }());
+}
+
+TEST_CASE("an exception crosses every level and destroys what lives there") {
+  struct level {
+    static strait::task<int> down(int n, int& living) {
+      const counted here{living};
+      if (n == 0) throw std::runtime_error{"bottom"};
+      co_return co_await down(n - 1, living) + 1;
+    }
+  };
+  int living = 0;
+  run([](int& count) -> strait::task<> {
+    std::string caught;
+    try {
+      (void)co_await level::down(100, count);
+    } catch (const std::runtime_error& error) {
+      caught = error.what();
+    }
+    CHECK(caught == "bottom");
+    CHECK(count == 0);
+  }(living));
+}
+
+TEST_CASE("a task does nothing before it is awaited") {
+  bool begun = false;
+  const auto begin = [](bool& flag) -> strait::task<> {
+    flag = true;
+    co_return;
+  };
+  {
+    const strait::task<> never = begin(begun);
+  }
+  CHECK_FALSE(begun);
+  run(begin(begun));
+  CHECK(begun);
+}
+
+TEST_CASE("a task that never began destroys its arguments") {
+  const auto held = std::make_shared<int>(1);
+  {
+    const strait::task<> never = [](std::shared_ptr<int> argument) -> strait::task<> {
+      ++*argument;
+      co_return;
+    }(held);
+    CHECK(held.use_count() == 2);
+  }
+  CHECK(held.use_count() == 1);
+  CHECK(*held == 1);
+}
+
+TEST_CASE("destroying a suspended task destroys every level of it, innermost first") {
+  gate stop;
+  std::vector<int> order;
+  struct mark {
+    std::vector<int>* into;
+    int level;
+    ~mark() { into->push_back(level); }
+  };
+  struct nest {
+    static strait::task<> down(int level, gate& at, std::vector<int>& into) {
+      const mark here{&into, level};
+      if (level == 3) {
+        co_await at;
+      } else {
+        co_await down(level + 1, at, into);
+      }
+      FAIL("nobody resumes it");
+    }
+  };
+  {
+    const owned_coroutine driver = drive(nest::down(0, stop, order));
+    driver.resume();
+    CHECK_FALSE(driver.done());
+    CHECK(stop.waiting);
+    CHECK(order.empty());
+  }
+  CHECK(order == std::vector<int>{3, 2, 1, 0});
+}
+
+TEST_CASE("a task that is moved into another is destroyed with it, once") {
+  int living = 0;
+  const auto hold = [](int& count, gate& at) -> strait::task<> {
+    const counted here{count};
+    co_await at;
+  };
+  gate first;
+  gate second;
+  {
+    const owned_coroutine one = drive(hold(living, first));
+    const owned_coroutine two = drive(hold(living, second));
+    one.resume();
+    two.resume();
+    CHECK(living == 2);
+  }
+  CHECK(living == 0);
+  strait::task<> a = hold(living, first);
+  strait::task<> b = std::move(a);
+  a = std::move(b);
+  CHECK(living == 0);
+}
+
+namespace {
+
+/// The extent of the machine stack, as far as it was told of.
+struct stack_extent {
+  std::uintptr_t lowest = UINTPTR_MAX;
+  std::uintptr_t highest = 0;
+  [[gnu::noinline]] void note() {
+    const auto here = reinterpret_cast<std::uintptr_t>(__builtin_frame_address(0));
+    lowest = std::min(lowest, here);
+    highest = std::max(highest, here);
+  }
+  [[nodiscard]] std::size_t bytes() const { return highest - lowest; }
+};
+
+constexpr int depth = 1'000'000;
+/// A few frames of the unoptimised builds; a stack that grew would hold a million of them.
+constexpr std::size_t few_frames = 64 * 1024;
+
+strait::task<std::uint64_t> nested(int n, stack_extent& stack) {
+  stack.note();
+  if (n == 0) co_return 0;
+  const std::uint64_t below = co_await nested(n - 1, stack);
+  stack.note();
+  co_return below + 1;
+}
+
+strait::task<std::uint64_t> one(stack_extent& stack) {
+  stack.note();
+  co_return 1;
+}
+
+}  // namespace
+
+TEST_CASE("a million awaits within each other do not grow the stack") {
+  stack_extent stack;
+  run([](stack_extent& extent) -> strait::task<> {
+    const std::uint64_t levels = co_await nested(depth, extent);
+    CHECK(levels == depth);
+  }(stack));
+  CHECK(stack.bytes() < few_frames);
+}
+
+TEST_CASE("a million awaits after each other do not grow the stack") {
+  stack_extent stack;
+  run([](stack_extent& extent) -> strait::task<> {
+    std::uint64_t sum = 0;
+    for (int i = 0; i < depth; ++i) sum += co_await one(extent);
+    CHECK(sum == depth);
+  }(stack));
+  CHECK(stack.bytes() < few_frames);
+}
+
+TEST_CASE("frames may be freed by another thread, and outlive the heap they came from") {
+  int living = 0;
+  gate stop;
+  std::optional<owned_coroutine> suspended;
+  const auto hold = [](int& count, gate& at) -> strait::task<> {
+    const counted here{count};
+    co_await at;
+  };
+  std::thread{[&] {
+    const strait::frame_heap heap;
+    suspended.emplace(drive(hold(living, stop)));
+    suspended->resume();
+  }}.join();
+  CHECK(living == 1);
+  suspended.reset();
+  CHECK(living == 0);
+}
