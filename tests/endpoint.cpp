@@ -61,6 +61,12 @@ struct nameless_and_large {
 struct nameless_and_aligned {
   alignas(16) std::uint64_t words[2];
 };
+struct a_line {
+  alignas(256) char bytes[256];
+};
+struct a_page {
+  alignas(4096) char bytes[4096];
+};
 
 }  // namespace
 
@@ -177,6 +183,29 @@ TEST_CASE("endpoint: a capacity of zero, or beyond the memory, is refused and no
                   [&] { (void)strait::open_receiver<order>(name.text(), options); });
     CHECK_FALSE(name.exists());
   }
+}
+
+TEST_CASE("endpoint: every message lies where its type may lie") {
+  const auto check = [](auto tx, auto rx) {
+    using message = typename decltype(tx)::value_type;
+    for (int i = 0; i < 3; ++i) REQUIRE(tx.try_send(message{}));
+    auto shown = rx.peek();
+    REQUIRE(shown.await_ready());
+    for (const message& at : shown.await_resume()) {
+      CHECK(reinterpret_cast<std::uintptr_t>(&at) % alignof(message) == 0);
+    }
+  };
+  const channel_name name{"aligned"};
+  const auto check_both = [&]<class T>(T) {
+    auto [tx, rx] = strait::make_channel<T>({.capacity = 4});
+    check(std::move(tx), std::move(rx));
+    auto named_tx = strait::open_sender<T>(name.text(), {.capacity = 4});
+    auto named_rx = strait::open_receiver<T>(name.text());
+    check(std::move(named_tx), std::move(named_rx));
+  };
+  check_both(nameless_and_aligned{});
+  check_both(a_line{});
+  check_both(a_page{});
 }
 
 TEST_CASE("endpoint: a name that is none is refused at the handle, too") {
