@@ -161,9 +161,6 @@ class endpoint final : private process_watcher {
   /// For error messages: `posix:orders`.
   [[nodiscard]] inline const std::string& name() const noexcept { return text_; }
 
-  /// Whether this process is a fork's child that has only a copy of the end, which stays its parent's.
-  [[nodiscard]] bool inherited() const noexcept { return fork_generation_ != fork_generation(); }
-
   /// Rings the peer, whose announcement the caller took back with `claim_ring`.
   void ring(presence parked) noexcept;
 
