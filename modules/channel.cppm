@@ -62,8 +62,12 @@ struct message_traits {
 
 /// The shape that a segment's header tells of `T`.
 template <class T>
-inline constexpr message_shape shape_of{message_traits<T>::name, message_traits<T>::version,
-                                        static_cast<std::uint32_t>(sizeof(T)), static_cast<std::uint32_t>(alignof(T))};
+inline constexpr message_shape shape_of = [] {
+  static_assert(alignof(T) <= 4096, "a lane begins where a page does, so a message cannot be aligned to more than that");
+  static_assert(message_traits<T>::name.size() < 64, "a message type's name has up to 63 characters");
+  return message_shape{message_traits<T>::name, message_traits<T>::version, static_cast<std::uint32_t>(sizeof(T)),
+                       static_cast<std::uint32_t>(alignof(T))};
+}();
 
 /// How many messages an awaited operation takes or puts without suspending before its coroutine lets others have their
 /// turn once. A suspension costs some tens of nanoseconds, so this is invisible in the mean; its length is what a
