@@ -62,7 +62,7 @@ void fill_header(segment_header& header, const message_shape& shape, std::uint64
   header.message_alignment = shape.alignment;
   header.message_version = shape.version;
   header.barrier = barrier;
-  std::memcpy(header.message_name, shape.name.data(), std::min(shape.name.size(), sizeof header.message_name - 1));
+  shape.name.copy(header.message_name, sizeof header.message_name - 1);
   header.creator_pid = static_cast<std::uint32_t>(::getpid());
   header.magic = segment_header::expected_magic;
 }
