@@ -80,9 +80,9 @@ inline constexpr std::uint64_t ready_budget = 1024;
 class batch_turn {
  public:
   batch_turn() = default;
-  explicit batch_turn(std::uint64_t cursor) noexcept : stretch_{cursor / ready_budget} {}
+  inline explicit batch_turn(std::uint64_t cursor) noexcept : stretch_{cursor / ready_budget} {}
   /// Whether the batch that begins at `cursor` gives the others their turn: it is the first of its stretch.
-  [[nodiscard]] bool due(std::uint64_t cursor) noexcept {
+  [[nodiscard]] inline bool due(std::uint64_t cursor) noexcept {
     return std::exchange(stretch_, cursor / ready_budget) != cursor / ready_budget;
   }
 
@@ -142,8 +142,8 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
       }
       if (hub == nullptr) hub = strait::hub::current();
       if (hub == nullptr) {
-        // Perhaps only its turn was over, and there is nobody to give it to.
-        if (operation_.look(true)) return false;
+        // Ready, and only meant to let others have their turn: here is nobody who could give it back.
+        if (operation_.look(false)) return false;
         strait::fail(strait::errc::no_hub,
                      "a coroutine has to wait: expected a strait::task, an asio::awaitable or a thread of "
                      "strait::runtime, found none of them");
@@ -301,7 +301,8 @@ template <class T>
 class [[nodiscard]] permit {
  public:
   permit() = default;
-  permit(permit&& other) noexcept : sender_{std::exchange(other.sender_, nullptr)}, messages_{other.messages_} {}
+  permit(permit&& other) noexcept
+      : sender_{std::exchange(other.sender_, nullptr)}, messages_{std::exchange(other.messages_, {})} {}
   permit& operator=(permit&& other) noexcept {
     std::swap(sender_, other.sender_);
     std::swap(messages_, other.messages_);
@@ -315,7 +316,8 @@ class [[nodiscard]] permit {
   ///
   /// Waits: never. Allocates: never. Errors: none. Complexity: one store.
   void commit(std::size_t n) noexcept {
-    if (n != 0) sender_->commit(n > messages_.size() ? messages_.size() : n);
+    n = std::min(n, messages_.size());
+    if (n != 0) sender_->commit(n);  // an empty permit may have no sender
     messages_ = {};
   }
   /// Sends all of them.
@@ -332,7 +334,7 @@ class [[nodiscard]] permit {
 ///
 /// Every operation reports `errc::closed` when the receiver closed, `errc::peer_died` once when its process died (the
 /// handle stays usable: what is sent next goes to a replacement), and `errc::corrupt` when the shared memory holds an
-/// impossible value. An operation that reports an error sent nothing.
+/// impossible value. An operation that reports an error sent nothing; `send_many` tells how much it had sent before.
 template <class T>
 class sender {
  public:
@@ -512,8 +514,10 @@ class sender {
   [[nodiscard]] bool is_closed() const noexcept { return !end_ || end_->peer_closed(); }
   /// Messages sent and not yet released by the receiver, at most an eighth of the capacity more than it has taken.
   [[nodiscard]] std::size_t depth() const noexcept {
-    // relaxed: a figure that may be old when it is read.
-    return end_ ? static_cast<std::size_t>(lane_.tail() - end_->lane().head.load(std::memory_order_relaxed)) : 0;
+    if (!end_) return 0;
+    // relaxed: a figure that may be old when it is read. What cannot be is for the next operation to find out.
+    const std::uint64_t there = lane_.tail() - end_->lane().head.load(std::memory_order_relaxed);
+    return static_cast<std::size_t>(std::min(there, lane_.capacity()));
   }
   [[nodiscard]] std::size_t capacity() const noexcept { return static_cast<std::size_t>(lane_.capacity()); }
 
@@ -667,7 +671,7 @@ class receiver {
         : operation_base<recv_operation, Errors>{errors}, receiver_{&from} {}
     using operation_base<recv_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
-    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
+    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
     [[gnu::always_inline]] std::optional<T> finish(news& why) {
       if (receiver_->lane_.known() == 0) [[unlikely]] {
         receiver_->take_ending(why);
@@ -690,7 +694,7 @@ class receiver {
         : operation_base<recv_many_operation, Errors>{errors}, receiver_{&from}, into_{into} {}
     using operation_base<recv_many_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept { return receiver_->batch_ready_now(); }
-    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
+    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
     std::size_t finish(news& why) {
       std::size_t taken = 0;
       while (taken < into_.size()) {
@@ -724,7 +728,7 @@ class receiver {
         : operation_base<peek_operation, Errors>{errors}, receiver_{&from} {}
     using operation_base<peek_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept { return receiver_->batch_ready_now(); }
-    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look(alone); }
+    [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
     std::span<const T> finish(news& why) {
       if (receiver_->lane_.known() == 0) receiver_->take_ending(why);
       return receiver_->span();
@@ -741,15 +745,18 @@ class receiver {
   explicit receiver(std::unique_ptr<endpoint> end) noexcept
       : lane_{end->lane(), end->capacity()},
         slots_{reinterpret_cast<native_slot<T>*>(end->slots())},
+        linger_{end->policy()},
         batch_turn_{lane_.head()},
         end_{std::move(end)} {}
   receiver(receiver&& other) noexcept { *this = std::move(other); }
   receiver& operator=(receiver&& other) noexcept {
     if (this == &other) return *this;
-    if (end_ && lane_.release_pending()) lane_.publish_head();
+    // Not in the child of a fork: its copy of the cursor would take the lane back to where it was then.
+    if (end_ && lane_.release_pending() && !end_->inherited()) lane_.publish_head();
     lane_ = std::exchange(other.lane_, {});
     slots_ = std::exchange(other.slots_, nullptr);
     gather_ = other.gather_;
+    linger_ = other.linger_;
     batch_turn_ = other.batch_turn_;
     ending_ = std::exchange(other.ending_, news::none);
     end_ = std::move(other.end_);
@@ -834,18 +841,48 @@ class receiver {
   [[nodiscard]] bool is_closed() const noexcept { return !end_ || (end_->peer_closed() && depth() == 0); }
   /// Messages sent and not yet taken.
   [[nodiscard]] std::size_t depth() const noexcept {
-    // acquire: pairs with the publication; whoever sees a depth may go and take.
-    return end_ ? static_cast<std::size_t>(end_->lane().tail.load(std::memory_order_acquire) - lane_.head()) : 0;
+    if (!end_) return 0;
+    // acquire: pairs with the publication; whoever sees a depth may go and take. What cannot be is for the next
+    // operation to find out.
+    const std::uint64_t there = end_->lane().tail.load(std::memory_order_acquire) - lane_.head();
+    return static_cast<std::size_t>(std::min(there, lane_.capacity()));
   }
   [[nodiscard]] std::size_t capacity() const noexcept { return static_cast<std::size_t>(lane_.capacity()); }
 
  private:
   [[nodiscard, gnu::always_inline]] bool ready_now() noexcept {
     if (lane_.known() != 0 && !turn_due(lane_.head())) [[likely]] return true;
-    return !turn_due(lane_.head()) && look(true);
+    return !turn_due(lane_.head()) && look_in_place();
   }
 
-  [[nodiscard]] bool batch_ready_now() noexcept { return !batch_turn_.due(lane_.head()) && look(true); }
+  /// Looks, and lingers if the next message is near.
+  [[gnu::noinline]] bool look_in_place() noexcept {
+    if (look(true)) return true;
+    const std::uint32_t length = linger_.length();
+    if (length == 0) return false;
+    for (std::uint32_t i = 0; i < length; ++i) {
+      cpu_relax();
+      // What happened to the peer is for the waiter's look: here only a message counts.
+      if (look_at_lane() != 0) {
+        gather_.found(lane_.known());
+        return true;
+      }
+      if (lane_.corrupt()) return corrupt();
+    }
+    linger_.in_vain();
+    return false;
+  }
+
+  /// A waiter's look, from the hub.
+  bool look_for_hub(bool alone) noexcept {
+    if (!alone) return look(false);
+    ++hub_looks_;
+    if (!look(true)) return false;
+    linger_.hub_found(std::exchange(hub_looks_, 0));
+    return true;
+  }
+
+  [[nodiscard]] bool batch_ready_now() noexcept { return !batch_turn_.due(lane_.head()) && look_in_place(); }
 
   /// Whether there is a message, or a reason to wait no longer. `gather`: nobody is harmed by a short pause.
   [[gnu::noinline]] bool look(bool gather) noexcept {
@@ -854,8 +891,10 @@ class receiver {
       ending_ = news::closed;
       return true;
     }
+    // For good: a tail that is possible again is no reason to believe what is in the lane.
+    if (lane_.corrupt()) [[unlikely]] return corrupt();
     if (gather) gather_.before_look();
-    if (const std::uint64_t there = lane_.look(); there != 0) {
+    if (const std::uint64_t there = look_at_lane(); there != 0) {
       gather_.found(there);
       if (there > 1) {
         const std::uint64_t near = std::min(there, messages_ahead<T>);
@@ -871,10 +910,18 @@ class receiver {
     const news heard = end_->look_at_peer(lane_.head());
     if (heard == news::none) return false;
     // The peer published before it left; look_at_peer acquired that.
-    if (heard != news::corrupt && lane_.look() != 0) return true;
+    if (heard != news::corrupt && look_at_lane() != 0) return true;
     if (lane_.corrupt()) return corrupt();
     ending_ = heard;
     return true;
+  }
+
+  /// The messages that are there, up to where a dead sender's end: its death is told before its replacement's first.
+  std::uint64_t look_at_lane() noexcept {
+    const std::uint64_t there = lane_.look();
+    // A replacement published behind the declaration of the death, so whoever sees its message sees the death, too.
+    if (there == 0 || !end_->death_untold()) [[likely]] return there;
+    return lane_.limit(end_->died_at());
   }
 
   bool corrupt() noexcept {
@@ -957,6 +1004,9 @@ class receiver {
   lane_consumer<> lane_;
   native_slot<T>* slots_ = nullptr;
   gather_pause gather_;
+  linger linger_;
+  /// How often the hub has looked since it began to wait.
+  std::uint32_t hub_looks_ = 0;
   batch_turn batch_turn_;
   news ending_ = news::none;
   std::unique_ptr<endpoint> end_;
@@ -967,6 +1017,7 @@ class receiver {
 /// Waits: never. Allocates: `capacity` slots. Errors: `bad_capacity`, `no_space`. Complexity: touching the memory.
 template <class T>
 [[nodiscard]] std::pair<sender<T>, receiver<T>> make_channel(const channel_options& options = {}) {
+  static_assert(alignof(T) <= 4096, "a mapping is aligned to a page, and no message to more");
   static_assert(std::is_move_constructible_v<T>, "a message must be movable");
   endpoint::destroy_messages destroy = nullptr;
   if constexpr (!std::is_trivially_destructible_v<T>) {
@@ -985,6 +1036,7 @@ template <class T>
 /// system calls.
 template <class T>
 [[nodiscard]] sender<T> open_sender(std::string_view name, const channel_options& options = {}) {
+  static_assert(alignof(T) <= 4096, "a mapping is aligned to a page, and no message to more");
   static_assert(std::is_trivially_copyable_v<T>,
                 "a message crosses processes as bytes: its type must be trivially copyable (no pointers into this "
                 "process, no strings, no virtual functions)");
@@ -997,6 +1049,7 @@ template <class T>
 /// system calls.
 template <class T>
 [[nodiscard]] receiver<T> open_receiver(std::string_view name, const channel_options& options = {}) {
+  static_assert(alignof(T) <= 4096, "a mapping is aligned to a page, and no message to more");
   static_assert(std::is_trivially_copyable_v<T>,
                 "a message crosses processes as bytes: its type must be trivially copyable (no pointers into this "
                 "process, no strings, no virtual functions)");

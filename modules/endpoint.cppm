@@ -22,7 +22,7 @@ export import strait.park;
 /// |----------------------|----------------------------------------------|------------|-------------------------------------------|
 /// | presence             | see strait.park                              | both ends  | an end that looks alive with its lock free |
 /// | incarnation          | owner, entering, under the gate              | the peer   | a count of an end that never was awake     |
-/// | deaths, died_at      | who declares a death, under the gate         | the peer   | died_at without its death: written again   |
+/// | last_death, died_at  | who declares a death, under the gate         | the peer   | half a declaration: the same written again |
 /// | process, doorbell    | owner, before it announces `hub_parked`      | the ringer | nothing: nobody reads it while awake       |
 /// | poisoned             | who found an impossible value                | both ends  | the channel is unusable either way         |
 ///
@@ -76,8 +76,8 @@ struct end_entry {
 
   /// Counts the ends that held this role.
   alignas(line_padding) std::atomic<std::uint32_t> incarnation{0};
-  /// Counts those that died in it.
-  std::atomic<std::uint32_t> deaths{0};
+  /// The incarnation that died last; 0 when none did.
+  std::atomic<std::uint32_t> last_death{0};
   /// The lane's tail when the last sender died: what lies before it was committed by the dead.
   std::atomic<std::uint64_t> died_at{0};
   std::atomic<std::uint64_t> process_high{0};
@@ -173,11 +173,16 @@ class endpoint final : private process_watcher {
     // acquire, for all three: pairs with the release of whoever closed, died_at or declared; what the peer published
     // before that is then visible to the look that follows.
     if (header_->poisoned.load(std::memory_order_acquire) != 0) return news::corrupt;
-    if (them.deaths.load(std::memory_order_acquire) != deaths_seen_ &&
-        (role_ == role::sender || position >= them.died_at.load(std::memory_order_relaxed))) {
-      return news::died;
+    if (them.last_death.load(std::memory_order_acquire) != death_seen_) {
+      if (role_ == role::sender) return news::died;
+      const std::uint64_t committed = them.died_at.load(std::memory_order_relaxed);
+      if (position >= committed) return news::died;
+      // Nobody commits more than the lane holds; who believed it would wait for ever.
+      if (committed - position > capacity_) [[unlikely]] return found_rubbish();
     }
-    const auto now = static_cast<presence>(them.presence.load(std::memory_order_acquire));
+    const std::uint32_t word = them.presence.load(std::memory_order_acquire);
+    if (!is_presence(word)) [[unlikely]] return found_rubbish();
+    const auto now = static_cast<presence>(word);
     if (now == presence::closed) return news::closed;
     if (now != presence::vacant && now != presence::dead && entered_ &&
         // relaxed: written before the presence that was just read with acquire.
@@ -187,11 +192,26 @@ class endpoint final : private process_watcher {
     return news::none;
   }
 
+  /// Whether the peer died and that was not reported yet: what lies at `died_at` and behind it is a replacement's.
+  [[nodiscard]] inline bool death_untold() const noexcept {
+    // acquire: as in look_at_peer.
+    return peer().last_death.load(std::memory_order_acquire) != death_seen_;
+  }
+  /// Where the dead sender's messages end.
+  [[nodiscard]] inline std::uint64_t died_at() const noexcept {
+    // relaxed: behind the load in death_untold.
+    return peer().died_at.load(std::memory_order_relaxed);
+  }
+
   /// The death that `look_at_peer` told of was reported to the user.
   inline void death_reported() noexcept {
     // acquire: as in look_at_peer.
-    deaths_seen_ = peer().deaths.load(std::memory_order_acquire);
+    death_seen_ = peer().last_death.load(std::memory_order_acquire);
   }
+
+  /// Whether this process is a child, made by fork, of the one that opened this end in a named segment: then the end is
+  /// the parent's, and nothing may be written to the segment in its name.
+  [[nodiscard]] inline bool inherited() const noexcept { return entered_ && fork_generation_ != fork_generation(); }
 
   /// An impossible value was found in shared memory: nobody can use the channel any more.
   void poison() noexcept;
@@ -213,8 +233,9 @@ class endpoint final : private process_watcher {
   ///
   /// Errors: `std::system_error` when a thread is needed and none can be had; nothing is announced then.
   void announce_hub(std::uint64_t doorbell_number);
-  /// The last look found nothing and the hub is about to sleep.
-  void hub_sleeps() noexcept;
+  /// The last look found nothing and the hub is about to sleep. False: the peer that was given the doorbell has been
+  /// replaced meanwhile, so the announcement must be taken back and made again.
+  [[nodiscard]] bool hub_sleeps() noexcept;
   /// The hub is awake.
   inline void hub_awake() noexcept { take_back(own_word()); }
 
@@ -225,9 +246,14 @@ class endpoint final : private process_watcher {
   endpoint() = default;
   [[nodiscard]] inline end_entry& own() const noexcept { return header_->ends[static_cast<std::size_t>(role_)]; }
   [[nodiscard]] inline end_entry& peer() const noexcept { return header_->ends[static_cast<std::size_t>(other(role_))]; }
-  void adopt(segment_header& header, role mine, const channel_options& options) noexcept;
+  void adopt(segment_header& header, const segment_header& checked, role mine,
+             const channel_options& options) noexcept;
   void enter();
   void watch_peer() noexcept;
+  [[gnu::cold]] news found_rubbish() noexcept {
+    poison();
+    return news::corrupt;
+  }
   bool look() noexcept override;
   void close() noexcept;
 
@@ -236,7 +262,7 @@ class endpoint final : private process_watcher {
   std::uint64_t capacity_ = 0;
   role role_ = role::sender;
   std::uint32_t slots_offset_ = 0;
-  std::uint32_t deaths_seen_ = 0;
+  std::uint32_t death_seen_ = 0;
   std::atomic<std::uint32_t> watched_incarnation_{0};
   /// Whether this end holds a role in a named segment: only there can a peer die.
   bool entered_ = false;
@@ -251,8 +277,8 @@ class endpoint final : private process_watcher {
   memory_name name_;
   segment segment_;
   std::uint32_t fork_generation_ = 0;
-  std::uint64_t offered_doorbell_ = 0;
-  std::uint32_t offered_incarnation_ = 0;
+  /// The peer that was alive when the hub announced itself, and so has its doorbell.
+  std::uint32_t announced_to_ = 0;
   std::unique_ptr<futex_relay> relay_;
   std::uint64_t relay_doorbell_ = 0;
   bool hub_waits_on_futex_ = false;

@@ -38,6 +38,9 @@ enum class errc {
   no_barrier,
   /// A coroutine waits where no hub can be found to resume it.
   no_hub,
+  /// This user may not read and write the segment, or not take a leftover's name away. Equals
+  /// `std::errc::permission_denied`.
+  no_permission,
 };
 
 /// The category of `errc`; its name is "strait".

@@ -58,7 +58,8 @@ class mapping {
   ///
   /// Waits: never. Allocates: `bytes` of pages. Errors: `no_space`, or the errno of mmap and mbind.
   [[nodiscard]] static mapping anonymous(std::size_t bytes, std::optional<unsigned> node);
-  /// The first `bytes` of a file, shared and writable, placed on `node` if given. Not touched.
+  /// The first `bytes` of a file, shared and writable, placed on `node` if given. Not touched. The mapping keeps nothing
+  /// of the caller's open file description, so that locks on that end when its descriptor is closed.
   [[nodiscard]] static mapping of_file(int descriptor, std::size_t bytes, std::optional<unsigned> node,
                                        const std::string& what);
   inline mapping(mapping&& other) noexcept
@@ -87,8 +88,9 @@ class mapping {
 class file_locks {
  public:
   file_locks() = default;
-  /// Takes the descriptor over.
-  explicit file_locks(int descriptor);
+  /// Opens the file; no descriptor, and errno set, when it cannot. No fork comes between the opening and the entry in the
+  /// list of what a child closes: a child that kept the descriptor would keep the locks after our death.
+  file_locks(const char* path, int flags, unsigned mode);
   file_locks(file_locks&& other) noexcept;
   file_locks& operator=(file_locks&& other) noexcept;
   /// Drops all locks.
@@ -141,10 +143,11 @@ enum class verdict : std::uint8_t {
 /// Opens or creates a named segment and returns with its gate held.
 ///
 /// `examine` is called with the gate held, the first `min(size, header_bytes)` bytes of the file and the file's size; it
-/// throws, naming both sides, when the segment is not ours to enter, and tells how many bytes to map otherwise.
+/// throws, naming both sides, when the segment is not ours to enter. `bytes_to_map` is called with the same bytes, once
+/// before the gate is taken, to see that this is a segment at all, and once to tell how many bytes to map.
 ///
-/// Waits: parks while another end is entering or leaving. Allocates: the segment. Errors: `no_space`, what `examine`
-/// throws, or the errno of the failing call. Complexity: a dozen system calls; touching the pages dominates.
+/// Waits: parks while another end is entering or leaving. Allocates: the segment. Errors: `no_space`, `no_permission`,
+/// `foreign_segment` for what is no file, what `examine` throws, or the errno of the failing call. Complexity: a dozen system calls; touching the pages dominates.
 [[nodiscard]] segment open_segment(
     const memory_name& name, open_mode mode, const segment_plan& plan, std::size_t header_bytes,
     const std::function<verdict(std::span<const std::byte> header, std::uint64_t size, const file_locks& locks)>&

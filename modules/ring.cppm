@@ -227,6 +227,17 @@ class lane_consumer {
     return there;
   }
 
+  /// Forgets for now the messages from number `end` on; returns how many are left. The next look finds them again.
+  std::uint64_t limit(std::uint64_t end) noexcept {
+    if (end - head_ < known()) {
+      tail_seen_ = end;
+    } else if (end < head_) {
+      tail_seen_ = head_;
+    }
+    if (known() != 1) lone_ = false;
+    return known();
+  }
+
   /// Takes the oldest message. The caller made sure of `known() > 0`.
   template <class T>
   [[nodiscard]] T take(typename Atomics::template slot<T>* slots) noexcept(std::is_nothrow_move_constructible_v<T>) {

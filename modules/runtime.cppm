@@ -45,7 +45,7 @@ class runtime_node {
   /// The CPU of a worker.
   [[nodiscard]] unsigned cpu(std::size_t worker) const;
 
-  /// Starts a task on the node's next worker. It stays there.
+  /// Starts a task on the node's next worker. It stays there. From one thread at a time.
   ///
   /// Waits: never. Allocates: one frame. Errors: `std::bad_alloc`; what leaves the task is thrown by `join`. Complexity:
   /// constant.
@@ -86,11 +86,11 @@ class runtime {
   /// Errors: `std::out_of_range` that names how many there are.
   [[nodiscard]] runtime_node& node(std::size_t index);
 
-  /// Starts a task on the next worker of all. From any one thread at a time, or from a task.
+  /// Starts a task on the next worker of all. From any thread.
   void spawn(task<> what);
 
   /// Waits until every spawned task has ended, or `stop` was called, and stops the workers. Throws the first exception
-  /// that left a task.
+  /// that left a task, or a handler of Asio on one of the workers.
   ///
   /// Waits: parks this thread, which must not be a worker. Errors: that exception.
   void join();

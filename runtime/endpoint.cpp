@@ -109,16 +109,31 @@ std::size_t checked_size(const std::string& channel, std::span<const std::byte> 
   return header.segment_bytes;
 }
 
+/// Whether the words of this copy of a header are such as correct ends write. The cursors are compared only where
+/// nobody lives: they were not copied at one instant.
+bool words_are_sound(const segment_header& header, bool inhabited) noexcept {
+  // relaxed, all of them: a copy of our own.
+  if (header.poisoned.load(std::memory_order_relaxed) != 0) return false;
+  for (const end_entry& entry : header.ends) {
+    if (!is_presence(entry.presence.load(std::memory_order_relaxed))) return false;
+  }
+  return inhabited || header.lane.tail.load(std::memory_order_relaxed) -
+                              header.lane.head.load(std::memory_order_relaxed) <=
+                          header.capacity;
+}
+
 /// Declares the end dead if it looks alive and nobody holds its lock. The gate must be held.
 bool declare_if_dead(segment_header& header, role who, const file_locks& locks) noexcept {
   end_entry& entry = header.ends[static_cast<std::size_t>(who)];
   // relaxed: entering and declaring are ordered by the gate.
   if (!looks_alive(entry.presence.load(std::memory_order_relaxed)) || locks.held_by_other(byte_of(who))) return false;
-  // relaxed: the release of `deaths` covers it.
+  // relaxed: the release of `last_death` covers it.
   entry.died_at.store(header.lane.tail.load(std::memory_order_relaxed), std::memory_order_relaxed);
-  entry.presence.store(static_cast<std::uint32_t>(presence::dead), std::memory_order_relaxed);
+  // Three stores that can be done again: if we are killed between them, the next to look finds an end that seems alive
+  // and stores the same values. Before `dead`, or the death could be left untold; not a count, or it could be told twice.
   // release: pairs with the acquire in look_at_peer.
-  entry.deaths.fetch_add(1, std::memory_order_release);
+  entry.last_death.store(entry.incarnation.load(std::memory_order_relaxed), std::memory_order_release);
+  entry.presence.store(static_cast<std::uint32_t>(presence::dead), std::memory_order_relaxed);
   return true;
 }
 
@@ -130,20 +145,23 @@ struct endpoint::private_channel {
   segment_header* header = nullptr;
 
   ~private_channel() {
+    if (destroy == nullptr || header == nullptr) return;
     // relaxed: the shared_ptr's count ordered both ends before us.
-    if (destroy != nullptr && header != nullptr) {
-      destroy(memory.data() + header->slots_offset, header->capacity - 1,
-              header->lane.head.load(std::memory_order_relaxed), header->lane.tail.load(std::memory_order_relaxed));
-    }
+    const std::uint64_t head = header->lane.head.load(std::memory_order_relaxed);
+    const std::uint64_t tail = header->lane.tail.load(std::memory_order_relaxed);
+    // Cursors that cannot be are not believed here, either.
+    if (tail - head > header->capacity) return;
+    destroy(memory.data() + header->slots_offset, header->capacity - 1, head, tail);
   }
 };
 
-void endpoint::adopt(segment_header& header, role mine, const channel_options& options) noexcept {
+void endpoint::adopt(segment_header& header, const segment_header& checked, role mine,
+                     const channel_options& options) noexcept {
   header_ = &header;
   role_ = mine;
-  capacity_ = header.capacity;
-  slots_offset_ = header.slots_offset;
-  barrier_ = header.barrier;
+  capacity_ = checked.capacity;
+  slots_offset_ = checked.slots_offset;
+  barrier_ = checked.barrier;
   policy_ = options.wait;
   longest_spin_ = options.longest_spin.count();
   spin_ = spin_budget{options.wait, std::min<std::int64_t>(longest_spin_, 10'000), longest_spin_};
@@ -163,7 +181,7 @@ std::pair<std::unique_ptr<endpoint>, std::unique_ptr<endpoint>> endpoint::make_p
   shared->destroy = destroy;
   const auto make = [&](role mine) {
     std::unique_ptr<endpoint> made{new endpoint};
-    made->adopt(*header, mine, options);
+    made->adopt(*header, *header, mine, options);
     made->text_ = "private channel";
     made->private_ = shared;
     // relaxed: the handles are given to other threads by means that order this.
@@ -201,16 +219,25 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     segment_header header{};
     checked_size(channel, bytes, header);
     const bool inhabited = locks.held_by_other(byte_of(role::sender)) || locks.held_by_other(byte_of(role::receiver));
-    // What a crash left is no obstacle; an end that lives decides what the channel is.
+    const auto presence_of = [&](role r) {
+      return static_cast<presence>(header.ends[static_cast<std::size_t>(r)].presence.load(std::memory_order_relaxed));
+    };
+    const bool whole = size >= header.segment_bytes;
+    const bool sound = words_are_sound(header, inhabited);
+    // See close(): a sender left these for a receiver that is yet to come. None can take them from a broken segment.
+    const bool deposited =
+        whole && sound && presence_of(role::sender) == presence::closed && presence_of(role::receiver) == presence::vacant &&
+        header.lane.tail.load(std::memory_order_relaxed) != header.lane.head.load(std::memory_order_relaxed);
+    // What a crash left is no obstacle to whoever may create; an end that lives decides what the channel is.
     const auto refuse = [&](errc e, const std::string& expected, const std::string& found) {
-      if (!inhabited) return verdict::replace;
+      if (!inhabited && !deposited && options.open != open_mode::open) return verdict::replace;
       fail(e, channel + ": expected " + expected + ", found " + found);
     };
-    if (size < header.segment_bytes) {
+    if (!whole) {
       return refuse(errc::truncated_segment, "a segment of " + std::to_string(header.segment_bytes) + " bytes",
                     std::to_string(size));
     }
-    if (header.poisoned.load(std::memory_order_relaxed) != 0) {
+    if (!sound) {
       return refuse(errc::corrupt, "a sound channel", "one that was poisoned by an impossible value");
     }
     if (name_in(header) != shape.name.substr(0, sizeof header.message_name - 1) ||
@@ -230,7 +257,7 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
       return refuse(errc::no_barrier, "a kernel that grants membarrier, or a channel made with option order = fence",
                     "neither");
     }
-    if (options.open == open_mode::create && !inhabited) return verdict::replace;
+    if (options.open == open_mode::create && !inhabited && !deposited) return verdict::replace;
     const auto& entry = header.ends[static_cast<std::size_t>(mine)];
     if (options.open != open_mode::create && locks.held_by_other(byte_of(mine))) {
       fail(errc::end_in_use, channel + ": expected no living " + std::string{to_string(mine)} + ", found one in process " +
@@ -240,7 +267,13 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
   };
 
   made->segment_ = open_segment(made->name_, options.open, plan, sizeof(segment_header), examine, bytes_to_map);
-  made->adopt(*std::launder(reinterpret_cast<segment_header*>(made->segment_.map.data())), mine, options);
+  // Once more, and from here on only this copy: what was examined can have been overwritten before it was mapped.
+  segment_header checked{};
+  const std::span<const std::byte> mapped{made->segment_.map.data(), sizeof(segment_header)};
+  if (checked_size(channel, mapped, checked) != made->segment_.map.size() || checked.message_bytes != shape.bytes) {
+    fail(errc::corrupt, channel + ": expected a header that stays as it is, found it changed while it was entered");
+  }
+  made->adopt(*std::launder(reinterpret_cast<segment_header*>(made->segment_.map.data())), checked, mine, options);
   made->enter();
   return made;
 }
@@ -250,25 +283,37 @@ void endpoint::enter() {
   declare_if_dead(*header_, role_, locks);
   declare_if_dead(*header_, other(role_), locks);
   if (!locks.try_lock(byte_of(role_))) fail_errno(errno, text_ + ": locking this end's byte");
+  // Both roles are free now. A peer that closed with nobody left took the name with it, unless it left messages for a
+  // receiver to come; where the name is here all the same, the last one was killed on its way out. This end does not
+  // pay for that with an end of the stream that is none: the peer is yet to come.
+  const bool undelivered =
+      header_->lane.tail.load(std::memory_order_relaxed) != header_->lane.head.load(std::memory_order_relaxed);
+  if (static_cast<presence>(peer_word().load(std::memory_order_relaxed)) == presence::closed &&
+      (role_ == role::sender || !undelivered)) {
+    peer_word().store(static_cast<std::uint32_t>(presence::vacant), std::memory_order_relaxed);
+  }
   const process_identity me = this_process();
   end_entry& mine = own();
-  // relaxed, all of them: the presence below releases them.
+  // relaxed, all of them: the incarnation below releases them.
   mine.process_high.store(me.high, std::memory_order_relaxed);
   mine.process_low.store(me.low, std::memory_order_relaxed);
   mine.doorbell.store(0, std::memory_order_relaxed);
   mine.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);
-  mine.incarnation.fetch_add(1, std::memory_order_relaxed);
+  // release: pairs with the acquire in watch_peer and announce_hub, which must not take a number for the process that
+  // held the role before.
+  mine.incarnation.fetch_add(1, std::memory_order_release);
   // Whoever comes to a dead peer is told once, like a survivor.
-  const std::uint32_t deaths = peer().deaths.load(std::memory_order_relaxed);
+  const std::uint32_t last_death = peer().last_death.load(std::memory_order_relaxed);
   const bool found_dead =
       static_cast<presence>(peer().presence.load(std::memory_order_relaxed)) == presence::dead;
-  deaths_seen_ = found_dead ? deaths - 1 : deaths;
+  death_seen_ = found_dead ? last_death - 1 : last_death;
   entered_ = true;
   // release: pairs with the acquire in look_at_peer.
   mine.presence.store(static_cast<std::uint32_t>(presence::awake), std::memory_order_release);
-  // The peer may be waiting for somebody to come; it has to know whose lock to keep an eye on.
-  const presence parked = claim_ring(peer_word(), barrier_);
-  ring(parked);
+  // The peer may be waiting for somebody to come; it has to know whose lock to keep an eye on. The futex is woken whatever
+  // its word says: whoever came before us may have been killed between taking the announcement back and ringing.
+  ring(claim_ring(peer_word(), barrier_));
+  futex_wake(peer_word());
   locks.unlock(gate_byte);
 }
 
@@ -281,11 +326,14 @@ void endpoint::close() noexcept {
     ring(claim_ring(peer_word(), barrier_));
     return;
   }
-  // In a forked child the ends are the parent's; an end that never entered has nothing to leave.
-  if (segment_.map.data() == nullptr || !entered_ || fork_generation_ != fork_generation()) return;
+  if (inherited()) {
+    (void)relay_.release();  // its thread is the parent's: there is nobody to join
+    return;
+  }
+  if (!entered_) return;  // nothing to leave
   unwatch_process(*this);
-  // A hub that was destroyed while it was parked leaves its announcement, and the relay watches for its end.
-  if (relay_) take_back(own_word());
+  // The hub may have ended without taking its announcement back, and a relay sleeps as long as that stands.
+  take_back(own_word());
   relay_.reset();
   segment_.locks.lock(gate_byte);
   // release: as above.
@@ -323,13 +371,19 @@ void endpoint::ring(presence parked) noexcept {
 void endpoint::poison() noexcept {
   // release: pairs with the acquire in look_at_peer.
   header_->poisoned.store(1, std::memory_order_release);
-  ring(claim_ring(peer_word(), barrier_));
+  // The peer's word may be what was overwritten, with the peer asleep behind it: ring, whatever the word says.
+  (void)claim_ring(peer_word(), barrier_);
+  ring(presence::thread_parked);
+  ring(presence::hub_parked);
 }
 
 void endpoint::watch_peer() noexcept {
+  // In a forked child the end is the parent's, and close() would not end the watch.
+  if (inherited()) return;
   const end_entry& them = peer();
-  // relaxed: read again by look(); a replacement in between leaves the incarnation different, so we come back here.
-  const std::uint32_t incarnation = them.incarnation.load(std::memory_order_relaxed);
+  // acquire: the process below is that of this incarnation, or of a later one; then the incarnation is found different
+  // at the next look, and we come back here.
+  const std::uint32_t incarnation = them.incarnation.load(std::memory_order_acquire);
   const process_identity process{them.process_high.load(std::memory_order_relaxed),
                                  them.process_low.load(std::memory_order_relaxed)};
   // Before the watch begins, because look() may run at once.
@@ -338,14 +392,16 @@ void endpoint::watch_peer() noexcept {
   try {
     watch_process(process, *this);
   } catch (const std::system_error&) {
-    // No thread to be had now: the incarnation stays unwatched, so the next look at the peer tries again.
+    // No thread to be had now: the incarnation stays unwatched, so the next look at the peer tries again. Until then we
+    // are our own sentry. look() takes back what this end announced, so it does not fall asleep with nobody on watch.
     watched_incarnation_.store(before, std::memory_order_relaxed);
+    look();
   }
 }
 
 bool endpoint::look() noexcept {
-  // The sentry calls this between watch_process and unwatch_process; the owner uses the gate before and after, so that
-  // the two never hold it together (a lock does not exclude its own description).
+  // The sentry calls this between watch_process and unwatch_process; the owner uses the gate before and after, or when it
+  // got no sentry, so that the two never hold it together (a lock does not exclude its own description).
   if (!segment_.locks.try_lock(gate_byte)) return false;  // somebody enters or leaves: look again soon
   declare_if_dead(*header_, other(role_), segment_.locks);
   const end_entry& them = peer();
@@ -355,14 +411,12 @@ bool endpoint::look() noexcept {
       them.incarnation.load(std::memory_order_relaxed) != watched_incarnation_.load(std::memory_order_relaxed);
   segment_.locks.unlock(gate_byte);
   if (!settled) return false;
-  // Wake whoever waits on this end, as the peer would have done. It may be asleep with a doorbell that only the dead
-  // process had, so this is done for a replaced peer, too.
-  const presence parked = claim_ring(own_word(), barrier_);
-  if (parked == presence::thread_parked) {
-    futex_wake(own_word());
-  } else if (parked == presence::hub_parked) {
-    doorbell::ring(own().doorbell.load(std::memory_order_relaxed));
-  }
+  // Wake whoever waits on this end, whatever the word says by now. `awake` does not mean that somebody was woken: the
+  // peer may have been killed between taking the announcement back and ringing, or a replacement took it back and could
+  // not ring, because only the dead process had the doorbell. A wake too many makes the owner look once more.
+  (void)claim_ring(own_word(), barrier_);
+  futex_wake(own_word());
+  doorbell::ring(own().doorbell.load(std::memory_order_relaxed));
   return true;
 }
 
@@ -373,21 +427,17 @@ void endpoint::announce_hub(std::uint64_t doorbell_number) {
   hub_waits_on_futex_ = false;
   if (!private_) {
     const end_entry& them = peer();
-    // acquire: the peer's identity was written before.
+    // acquire, both: the peer's identity was written before.
     const bool alive = looks_alive(them.presence.load(std::memory_order_acquire));
-    const std::uint32_t incarnation = them.incarnation.load(std::memory_order_relaxed);
+    const std::uint32_t incarnation = them.incarnation.load(std::memory_order_acquire);
     const process_identity process{them.process_high.load(std::memory_order_relaxed),
                                    them.process_low.load(std::memory_order_relaxed)};
-    if (!alive) {
-      hub_waits_on_futex_ = true;  // whoever comes does not have our doorbell
-    } else if (offered_doorbell_ != doorbell_number || offered_incarnation_ != incarnation) {
-      hub_waits_on_futex_ = !offer_doorbell(process, doorbell_number);
-      if (!hub_waits_on_futex_) {
-        offered_doorbell_ = doorbell_number;
-        offered_incarnation_ = incarnation;
-      }
-    }
+    // Whoever comes where nobody is does not have our doorbell. Offered each time, because only the switchboard knows
+    // whether a connection over which it was given still stands.
+    hub_waits_on_futex_ = !alive || !offer_doorbell(process, doorbell_number);
+    announced_to_ = incarnation;
     if (hub_waits_on_futex_ && (!relay_ || relay_doorbell_ != doorbell_number)) {
+      take_back(own_word());  // of a hub that ended, see close()
       relay_ = std::make_unique<futex_relay>(own_word(), doorbell_number);
       relay_doorbell_ = doorbell_number;
     }
@@ -395,8 +445,14 @@ void endpoint::announce_hub(std::uint64_t doorbell_number) {
   announce(own_word(), hub_waits_on_futex_ ? presence::thread_parked : presence::hub_parked);
 }
 
-void endpoint::hub_sleeps() noexcept {
-  if (hub_waits_on_futex_) relay_->arm();
+bool endpoint::hub_sleeps() noexcept {
+  if (hub_waits_on_futex_) {
+    relay_->arm();
+    return true;
+  }
+  // relaxed: behind the announcement's barrier. A peer that entered before it is seen here; one that enters after it
+  // takes the announcement back in vain, but then its predecessor has rung, or died, which the sentry tells.
+  return private_ || peer().incarnation.load(std::memory_order_relaxed) == announced_to_;
 }
 
 }  // namespace strait

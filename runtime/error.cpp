@@ -27,8 +27,14 @@ class category final : public std::error_category {
       case errc::no_space: return "not enough memory for the segment";
       case errc::no_barrier: return "the kernel refuses the channel's memory barrier";
       case errc::no_hub: return "no hub to resume the waiting coroutine";
+      case errc::no_permission: return "no permission to use the segment";
     }
     return "unknown strait error " + std::to_string(value);
+  }
+
+  std::error_condition default_error_condition(int value) const noexcept override {
+    if (static_cast<errc>(value) == errc::no_permission) return std::errc::permission_denied;
+    return {value, *this};
   }
 };
 

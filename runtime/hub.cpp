@@ -324,12 +324,15 @@ class asio_hub final : public asio::execution_context::service, public hub {
         if (go_idle()) return;
         continue;
       } else {
-        if (++looks % looks_between_clocks != 0 && looks != 1) continue;
-        const std::int64_t now = now_ns();
-        if (looks == 1) {
-          idle_since = last = now;
-          if (spin_length() > 0) continue;
+        // The first looks read no clock, so that a message that is near meets no detour; but who never spins parks now.
+        if (++looks == 1 && spin_length() == 0) {
+          if (park()) return;
+          looks = 0;
+          continue;
         }
+        if (looks % looks_between_clocks != 0) continue;
+        const std::int64_t now = now_ns();
+        if (looks == looks_between_clocks) idle_since = last = now;
         if (now - last > spin_budget::preemption_gap) {
           spin_.preempted();
         } else if (now - idle_since >= spin_length()) {
@@ -423,12 +426,17 @@ class asio_hub final : public asio::execution_context::service, public hub {
         return false;
       }
     }
-    for (hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) waiter->end->hub_sleeps();
+    for (hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) {
+      if (!waiter->end->hub_sleeps()) {
+        take_back_all();
+        return false;
+      }
+    }
     parked_at_ = now_ns();
     if (!armed_) {
-      armed_ = true;
       bell_wait_->async_wait(asio::posix::stream_descriptor::wait_read,
                              [this, arming = ++arming_](const std::error_code& error) { rung(error, arming); });
+      armed_ = true;  // not if the call above found no memory
     }
     if (rest(hub_state::parked)) return true;
     take_back_all();

@@ -14,6 +14,7 @@ module;
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <functional>
 #include <mutex>
 #include <optional>
@@ -33,6 +34,68 @@ namespace {
 constexpr std::string_view shm_directory = "/dev/shm/";
 
 std::string path_of(const memory_name& name) { return std::string{shm_directory} + name.name; }
+
+/// The text as an error can show it: a NUL would end the message, and an escape sequence would go to the terminal.
+std::string printable(std::string_view text) {
+  constexpr std::string_view digits = "0123456789abcdef";
+  std::string shown;
+  for (const char letter : text) {
+    const auto code = static_cast<unsigned char>(letter);
+    if (code >= 0x20 && code != 0x7f) {
+      shown += letter;
+    } else {
+      shown += {'\\', 'x', digits[code >> 4U], digits[code & 15U]};
+    }
+  }
+  return shown;
+}
+
+std::string kind_of(::mode_t mode) {
+  switch (mode & S_IFMT) {
+    case S_IFREG: return "a file";
+    case S_IFDIR: return "a directory";
+    case S_IFLNK: return "a symbolic link";
+    case S_IFIFO: return "a FIFO";
+    case S_IFSOCK: return "a socket";
+    default: return "a device";
+  }
+}
+
+/// What stands in the way at `path`, for the errno of an `open` that failed.
+[[noreturn]] void fail_to_open(const memory_name& name, const std::string& path, int error) {
+  struct ::stat file{};
+  if (::lstat(path.c_str(), &file) == 0) {
+    if (!S_ISREG(file.st_mode)) {
+      fail(errc::foreign_segment,
+           name.text() + ": expected a shared-memory file at " + path + ", found " + kind_of(file.st_mode));
+    }
+    if (error == EACCES || error == EPERM) {
+      std::array<char, 8> mode{};
+      std::snprintf(mode.data(), mode.size(), "%04o", static_cast<unsigned>(file.st_mode & 07777U));
+      fail(errc::no_permission, name.text() + ": expected a file at " + path + " that user " +
+                                    std::to_string(::geteuid()) + " may read and write, found one of user " +
+                                    std::to_string(file.st_uid) + " with mode " + mode.data());
+    }
+  }
+  fail_errno(error, name.text() + ": opening " + path);
+}
+
+/// Has every byte of the file really allocated: a full tmpfs is an error here and not a SIGBUS at the first message.
+/// What the file holds stays.
+void allocate(int descriptor, std::size_t bytes, const std::string& what) {
+  int error = 0;
+  do {
+    error = ::posix_fallocate(descriptor, 0, static_cast<off_t>(bytes));
+  } while (error == EINTR);
+  if (error == ENOSPC || error == ENOMEM) {
+    struct ::statvfs space{};
+    const bool known = ::fstatvfs(descriptor, &space) == 0;
+    fail(errc::no_space, what + ": expected " + std::to_string(bytes) + " free bytes in " + std::string{shm_directory} +
+                             ", found " +
+                             (known ? std::to_string(space.f_bavail * space.f_frsize) : std::string{"fewer"}));
+  }
+  if (error != 0) fail_errno(error, what + ": allocating " + std::to_string(bytes) + " bytes");
+}
 
 void place(std::byte* data, std::size_t bytes, unsigned node, const std::string& what) {
   constexpr std::size_t bits = 8 * sizeof(unsigned long);
@@ -84,11 +147,10 @@ struct ::flock byte_lock(short type, std::uint64_t byte) {
 /// A file in the memory file system that has no name yet, filled and with its gate held.
 segment make_nameless(const memory_name& name, const segment_plan& plan) {
   const std::string what = name.text();
-  const int descriptor =
-      ::open(std::string{shm_directory}.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, static_cast<mode_t>(plan.mode));
-  if (descriptor < 0) fail_errno(errno, what + ": creating a file in " + std::string{shm_directory});
   segment made;
-  made.locks = file_locks{descriptor};
+  made.locks = file_locks{std::string{shm_directory}.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, plan.mode};
+  const int descriptor = made.locks.descriptor();
+  if (descriptor < 0) fail_errno(errno, what + ": creating a file in " + std::string{shm_directory});
   // The umask must not make a channel narrower than was asked for.
   if (::fchmod(descriptor, static_cast<mode_t>(plan.mode)) != 0) fail_errno(errno, what + ": setting its mode");
   if (::ftruncate(descriptor, static_cast<off_t>(plan.bytes)) != 0) {
@@ -99,19 +161,7 @@ segment make_nameless(const memory_name& name, const segment_plan& plan) {
     fail_errno(errno, what + ": setting its size to " + std::to_string(plan.bytes));
   }
   made.map = mapping::of_file(descriptor, plan.bytes, plan.node, what);
-  // Really allocated: a full tmpfs is an error here and not a SIGBUS at the first message.
-  int error = 0;
-  do {
-    error = ::posix_fallocate(descriptor, 0, static_cast<off_t>(plan.bytes));
-  } while (error == EINTR);
-  if (error == ENOSPC || error == ENOMEM) {
-    struct ::statvfs space{};
-    const bool known = ::fstatvfs(descriptor, &space) == 0;
-    fail(errc::no_space, what + ": expected " + std::to_string(plan.bytes) + " free bytes in " +
-                             std::string{shm_directory} + ", found " +
-                             (known ? std::to_string(space.f_bavail * space.f_frsize) : std::string{"fewer"}));
-  }
-  if (error != 0) fail_errno(error, what + ": allocating " + std::to_string(plan.bytes) + " bytes");
+  allocate(descriptor, plan.bytes, what);
   made.map.populate();
   plan.fill(made.map.data());
   made.locks.lock(gate_byte);
@@ -150,14 +200,14 @@ memory_name parse_memory_name(std::string_view text) {
   memory_name result;
   if (const auto colon = text.find(':'); colon != std::string_view::npos) {
     if (text.substr(0, colon + 1) != known) {
-      fail(errc::unknown_scheme, "channel \"" + std::string{text} + "\": expected the scheme \"posix:\" or none, found \"" +
-                                     std::string{text.substr(0, colon + 1)} + "\"");
+      fail(errc::unknown_scheme, "channel \"" + printable(text) + "\": expected the scheme \"posix:\" or none, found \"" +
+                                     printable(text.substr(0, colon + 1)) + "\"");
     }
     text.remove_prefix(colon + 1);
   }
   constexpr std::size_t longest = 255;  // NAME_MAX of tmpfs
   const auto reject = [&](const std::string& found) {
-    fail(errc::bad_name, "channel name \"" + std::string{text} + "\": expected 1 to " + std::to_string(longest) +
+    fail(errc::bad_name, "channel name \"" + printable(text) + "\": expected 1 to " + std::to_string(longest) +
                              " characters without '/' and NUL, and neither \".\" nor \"..\"; found " + found);
   };
   if (text.empty()) reject("an empty name");
@@ -184,7 +234,15 @@ mapping mapping::anonymous(std::size_t bytes, std::optional<unsigned> node) {
 }
 
 mapping mapping::of_file(int descriptor, std::size_t bytes, std::optional<unsigned> node, const std::string& what) {
-  void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
+  // Through a description of its own. A mapping holds the description that it was made from, and fork copies mappings:
+  // locks of that description would live on in the children of a dead owner, with no descriptor to be closed.
+  const std::string file = "/proc/self/fd/" + std::to_string(descriptor);
+  const int fresh = ::open(file.c_str(), O_RDWR | O_CLOEXEC);
+  if (fresh < 0) fail_errno(errno, what + ": opening " + file + " to map it");
+  void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fresh, 0);
+  const int error = errno;
+  ::close(fresh);
+  errno = error;
   if (data == MAP_FAILED) {
     if (errno == ENOMEM) {
       fail(errc::no_space, what + ": expected address space for " + std::to_string(bytes) + " bytes, found less");
@@ -202,19 +260,32 @@ mapping::~mapping() {
 
 void mapping::populate() noexcept {
 #ifdef MADV_POPULATE_WRITE
-  if (::madvise(data_, bytes_, MADV_POPULATE_WRITE) == 0) return;
+  // EINVAL: a kernel before 5.14. Where the kernel knows the call and cannot do it, touching would be a signal.
+  if (::madvise(data_, bytes_, MADV_POPULATE_WRITE) == 0 || errno != EINVAL) return;
 #endif
-  // Before Linux 5.14: touch each page without changing it, because another process may be using it.
+  // Touch each page for writing without changing it, because another process may be using it. A compare-exchange, because
+  // compilers turn an addition of zero whose result nobody wants into nothing at all.
   const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
   for (std::size_t at = 0; at < bytes_; at += page) {
-    reinterpret_cast<std::atomic<std::uint32_t>*>(data_ + at)->fetch_add(0, std::memory_order_relaxed);
+    auto& word = *reinterpret_cast<std::atomic<std::uint32_t>*>(data_ + at);
+    std::uint32_t same = word.load(std::memory_order_relaxed);
+    while (!word.compare_exchange_weak(same, same, std::memory_order_relaxed)) {
+    }
   }
 }
 
-file_locks::file_locks(int descriptor) : descriptor_{descriptor} {
+file_locks::file_locks(const char* path, int flags, unsigned mode) {
   auto& list = locks_of_process();
   const std::lock_guard guard{list.mutex};
-  list.descriptors.insert(descriptor);
+  const int opened = ::open(path, flags, static_cast<mode_t>(mode));
+  if (opened < 0) return;
+  try {
+    list.descriptors.insert(opened);
+  } catch (...) {
+    ::close(opened);
+    throw;
+  }
+  descriptor_ = opened;
 }
 
 file_locks::file_locks(file_locks&& other) noexcept : descriptor_{std::exchange(other.descriptor_, -1)} {}
@@ -268,20 +339,21 @@ segment open_segment(const memory_name& name, open_mode mode, const segment_plan
   const std::string path = path_of(name);
   for (;;) {
     // O_NOFOLLOW: a link that somebody planted under the name leads nowhere. O_NONBLOCK: neither does a FIFO.
-    const int descriptor = ::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    segment found;
+    found.locks = file_locks{path.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0};
+    const int descriptor = found.locks.descriptor();
     if (descriptor < 0) {
-      if (errno != ENOENT) fail_errno(errno, name.text() + ": opening " + path);
+      if (errno != ENOENT) fail_to_open(name, path, errno);
       if (mode == open_mode::open) fail_errno(ENOENT, name.text() + ": expected an existing channel at " + path);
       segment made = make_nameless(name, plan);
       if (give_name(name, made.locks.descriptor())) return made;
       continue;  // somebody else was faster: open his
     }
-    segment found;
-    found.locks = file_locks{descriptor};
     struct ::stat file{};
     if (::fstat(descriptor, &file) != 0) fail_errno(errno, name.text() + ": looking at " + path);
     if (!S_ISREG(file.st_mode)) {
-      fail(errc::foreign_segment, name.text() + ": expected a shared-memory file at " + path + ", found another kind");
+      fail(errc::foreign_segment,
+           name.text() + ": expected a shared-memory file at " + path + ", found " + kind_of(file.st_mode));
     }
     // A foreign file must stay as it is, and its locks are not ours to wait for: look before we lock.
     std::vector<std::byte> header(header_bytes);
@@ -298,13 +370,23 @@ segment open_segment(const memory_name& name, open_mode mode, const segment_plan
     const auto size = static_cast<std::uint64_t>(file.st_size);
     const verdict judged = examine(seen, size, found.locks);
     if (judged == verdict::replace) {
-      ::unlink(path.c_str());
+      if (::unlink(path.c_str()) != 0 && errno != ENOENT) {
+        const int error = errno;
+        const std::string what = name.text() + ": expected to replace what a crash left at " + path + ", found a file of user " +
+                                 std::to_string(file.st_uid) + " that user " + std::to_string(::geteuid()) +
+                                 " may not remove";
+        if (error == EACCES || error == EPERM) fail(errc::no_permission, what);
+        fail_errno(error, what);
+      }
       continue;
     }
     if (mode == open_mode::create) {
       fail_errno(EEXIST, name.text() + ": expected no channel at " + path + ", found one");
     }
-    found.map = mapping::of_file(descriptor, bytes_to_map(seen), std::nullopt, name.text());
+    const std::size_t bytes = bytes_to_map(seen);
+    // It was allocated when it was made, but a copy of it, or one that was cut and extended, has holes.
+    allocate(descriptor, bytes, name.text());
+    found.map = mapping::of_file(descriptor, bytes, std::nullopt, name.text());
     found.map.populate();
     return found;
   }

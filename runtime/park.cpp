@@ -1,6 +1,7 @@
 module;
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/futex.h>
 #include <linux/membarrier.h>
 #include <sys/eventfd.h>
@@ -18,6 +19,10 @@ module;
 module strait.park;
 
 namespace strait {
+
+// In runtime/switchboard.cpp, whose mutex comes before that of the doorbells.
+void attend_forks();
+
 namespace {
 
 int membarrier(int command) noexcept { return static_cast<int>(::syscall(SYS_membarrier, command, 0, 0)); }
@@ -45,6 +50,9 @@ doorbell_list& doorbells() {
 }
 
 }  // namespace
+
+void lock_doorbells() { doorbells().mutex.lock(); }
+void unlock_doorbells() { doorbells().mutex.unlock(); }
 
 bool register_barrier(store_load kind) noexcept {
   if (kind == store_load::by_fence) return true;
@@ -88,11 +96,13 @@ void futex_sleep(std::atomic<std::uint32_t>& word, presence parked,
 }
 
 void futex_wake(std::atomic<std::uint32_t>& word) noexcept {
-  ::syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAKE, 1, nullptr, nullptr, 0);
+  // All of them: beside the owner, a relay may still be asleep on the word from a wait of the hub that was withdrawn.
+  ::syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
 doorbell::doorbell() : descriptor_{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)} {
   if (descriptor_ < 0) throw std::system_error{errno, std::system_category(), "eventfd for a hub's doorbell"};
+  attend_forks();
   auto& list = doorbells();
   const std::lock_guard lock{list.mutex};
   number_ = list.next++;

@@ -141,17 +141,30 @@ struct runtime::state final : spawn_observer {
     // Nobody else has this context's executor yet.
     one.own_hub->share(false);
     std::promise<std::error_code> pinned;
-    one.thread = std::thread{[&one, &pinned, pin] {
+    one.thread = std::thread{[this, &one, &pinned, pin] {
       ::pthread_setname_np(::pthread_self(), ("strait-" + std::to_string(one.cpu)).c_str());
       const std::error_code error = pin ? pin_this_thread(one.cpu) : std::error_code{};
       const frame_heap frames;
       hub::set_current(one.own_hub);
       pinned.set_value(error);
-      if (!error) one.context.run();
+      if (!error) serve(one);
       hub::set_current(nullptr);
     }};
     if (const std::error_code error = pinned.get_future().get()) {
       throw std::system_error{error, "pinning a worker to CPU " + std::to_string(one.cpu)};
+    }
+  }
+
+  /// Runs the worker's context to its end. What a handler of the user's throws is for `join`, and the others go on.
+  void serve(worker& one) noexcept {
+    for (;;) {
+      try {
+        one.context.run();
+        return;
+      } catch (...) {
+        const std::lock_guard lock{mutex};
+        if (!error) error = std::current_exception();
+      }
     }
   }
 

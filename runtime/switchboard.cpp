@@ -37,6 +37,11 @@ module strait.park;
 ///
 /// Everything here is off the hot path, under one mutex.
 namespace strait {
+
+// In runtime/park.cpp.
+void lock_doorbells();
+void unlock_doorbells();
+
 namespace {
 
 class descriptor {
@@ -156,8 +161,8 @@ class switchboard {
 
   void watch(process_identity process, process_watcher& watcher) {
     std::erase_if(watched_, [&](const watched& entry) { return entry.watcher == &watcher; });
+    start_sentry();  // before the entry is made, which nobody would look at if there is no thread to be had
     watched_.push_back({&watcher, process, false});
-    start_sentry();
     if (connect_to(process) == nullptr) {
       watched_.back().look_again = true;
       poke();
@@ -172,6 +177,7 @@ class switchboard {
   std::thread stop_sentry_if_idle() noexcept {
     if (!watched_.empty() || !sentry_.joinable()) return {};
     ++watch_number_;  // whose watch it was ends
+    ++relieved_;
     poke();
     return std::move(sentry_);
   }
@@ -360,11 +366,14 @@ class switchboard {
       // `look` neither waits nor comes back here, so it may run under the mutex, which keeps its object alive.
       std::erase_if(watched_, [](const watched& entry) { return entry.look_again && entry.watcher->look(); });
     }
+    --relieved_;
   }
 
   void attend(const ::epoll_event& event) {
     const int source = event.data.fd;
     if (source == control_.get()) {
+      // A relieved sentry may still be asleep: the poke is meant for it, too.
+      if (relieved_ != 0) return;
       std::uint64_t pokes = 0;
       [[maybe_unused]] const auto got = ::read(source, &pokes, sizeof pokes);
       return;
@@ -376,6 +385,9 @@ class switchboard {
       for (auto& entry : watched_) {
         if (entry.process == line->first) entry.look_again = true;
       }
+      // The other process may live and have dropped the connection (it had no descriptor left to keep it), and with it the
+      // bells that we left there. Hubs that sleep behind them get up and offer them anew, or wait on the futex.
+      for (const std::uint64_t number : line->second.offered) doorbell::ring(number);
       outgoing_.erase(line);
       return;
     }
@@ -395,26 +407,28 @@ class switchboard {
   std::thread sentry_;
   /// Counts the sentries that were started or relieved; a sentry whose number it no longer is goes home.
   std::uint64_t watch_number_ = 0;
+  /// Those relieved that have not gone home yet.
+  std::uint64_t relieved_ = 0;
 };
 
 std::atomic<switchboard*> current_switchboard{nullptr};
 std::mutex creation;
 
-switchboard& board() {
-  // acquire: pairs with the release below; the object behind the pointer was made by another thread.
-  if (auto* made = current_switchboard.load(std::memory_order_acquire)) return *made;
-  const std::lock_guard lock{creation};
-  if (auto* made = current_switchboard.load(std::memory_order_acquire)) return *made;
+/// Has no fork find a mutex of ours held by a thread that the child does not have.
+void register_fork_handlers() {
   static const int once = ::pthread_atfork(
       [] {
         creation.lock();
         if (auto* now = current_switchboard.load(std::memory_order_relaxed)) now->mutex.lock();
+        lock_doorbells();
       },
       [] {
+        unlock_doorbells();
         if (auto* now = current_switchboard.load(std::memory_order_relaxed)) now->mutex.unlock();
         creation.unlock();
       },
       [] {
+        unlock_doorbells();
         if (auto* now = current_switchboard.load(std::memory_order_relaxed)) {
           now->abandon_in_child();
           now->mutex.unlock();
@@ -424,12 +438,22 @@ switchboard& board() {
         creation.unlock();
       });
   (void)once;
+}
+
+switchboard& board() {
+  // acquire: pairs with the release below; the object behind the pointer was made by another thread.
+  if (auto* made = current_switchboard.load(std::memory_order_acquire)) return *made;
+  const std::lock_guard lock{creation};
+  if (auto* made = current_switchboard.load(std::memory_order_acquire)) return *made;
+  register_fork_handlers();
   auto* made = new switchboard;  // outlives every thread that may still ring
   current_switchboard.store(made, std::memory_order_release);
   return *made;
 }
 
 }  // namespace
+
+void attend_forks() { register_fork_handlers(); }
 
 process_identity this_process() { return board().identity(); }
 

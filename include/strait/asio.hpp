@@ -75,7 +75,7 @@ class handler_wait final : public hub_waiter {
     hub& where = hub_for(executor);
     allocator_type allocator = allocator_for(handler);
     handler_wait* made = std::allocator_traits<allocator_type>::allocate(allocator, 1);
-    ::new (static_cast<void*>(made)) handler_wait{std::move(step), std::move(handler), executor, where};
+    ::new (static_cast<void*>(made)) handler_wait{where, std::move(step), std::move(handler), executor};
     auto slot = asio::get_associated_cancellation_slot(made->handler_);
     if (slot.is_connected()) {
       slot.assign([made](asio::cancellation_type type) {
@@ -101,11 +101,14 @@ class handler_wait final : public hub_waiter {
     }
   }
 
-  handler_wait(Step step, Handler&& handler, const executor_type& executor, hub& where)
-      : step_{std::move(step)}, handler_{std::move(handler)}, work_{executor}, where_{where} {
+  handler_wait(hub& where, Step step, Handler&& handler, const executor_type& executor)
+      : where_{where}, step_{std::move(step)}, handler_{std::move(handler)}, work_{executor} {
     end = step_.end();
     ready = [](hub_waiter& self, bool alone) noexcept { return static_cast<handler_wait&>(self).step_.look(alone); };
-    complete = [](hub_waiter& self) { static_cast<handler_wait&>(self).finish(false); };
+    complete = [](hub_waiter& self) {
+      auto& me = static_cast<handler_wait&>(self);
+      asio::dispatch(me.work_.get_executor(), delivery{&me, false});
+    };
     abandon = [](hub_waiter& self) noexcept { static_cast<handler_wait&>(self).dismantle(); };
   }
 
@@ -123,22 +126,24 @@ class handler_wait final : public hub_waiter {
     return left;
   }
 
-  /// Sends the operation to the handler's executor. It stays whole until it arrives there, because until then a
-  /// cancellation may still reach for it: the slot, too, belongs to that executor.
-  void finish(bool aborted) {
-    const executor_type executor = work_.get_executor();
-    auto arrive = [self = std::unique_ptr<handler_wait, dismantler>{this}, aborted]() mutable {
-      self.release()->invoke(aborted);
-    };
-    if (aborted) {
-      asio::post(executor, std::move(arrive));
-    } else {
-      asio::dispatch(executor, std::move(arrive));
-    }
-  }
+  /// The way from the hub's turn to the handler's executor. Until it has arrived this object stays as it is: a
+  /// cancellation comes by the handler's executor, and may come meanwhile.
+  class delivery {
+   public:
+    delivery(handler_wait* what, bool aborted) noexcept : what_{what}, aborted_{aborted} {}
+    void operator()() { what_.release()->finish(aborted_); }
 
-  /// On the handler's executor; only here is a message taken.
-  void invoke(bool aborted) {
+   private:
+    struct dismantled {
+      void operator()(handler_wait* what) const noexcept { what->dismantle(); }
+    };
+    /// Never delivered, when the context is destroyed first.
+    std::unique_ptr<handler_wait, dismantled> what_;
+    bool aborted_;
+  };
+
+  /// On the handler's executor: only here a message is taken.
+  void finish(bool aborted) {
     // On the way, another operation on the same handle may have taken what this one was woken for.
     if (!aborted && !step_.look(false)) {
       where_.wait(*this);
@@ -151,18 +156,14 @@ class handler_wait final : public hub_waiter {
 
   /// On the handler's executor, as Asio's cancellation asks for.
   void cancel() {
-    if (where_.withdraw(*this)) finish(true);  // otherwise it is completing already
+    if (!where_.withdraw(*this)) return;  // completing already
+    asio::post(work_.get_executor(), delivery{this, true});
   }
 
-  /// Frees an operation whose context was destroyed while it was on its way.
-  struct dismantler {
-    void operator()(handler_wait* self) const { (void)self->dismantle(); }
-  };
-
+  hub& where_;
   Step step_;
   Handler handler_;
   asio::executor_work_guard<executor_type> work_;
-  hub& where_;
 };
 
 /// Waits until an operation can go on, and leaves it to the awaiting coroutine to do so.

@@ -1,0 +1,105 @@
+#pragma once
+/// Names in /dev/shm for tests, what lies under them, and refusals.
+#include <doctest/doctest.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstddef>
+#include <fstream>
+#include <initializer_list>
+#include <iterator>
+#include <ostream>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace test {
+
+/// A name that no other test run uses. Whatever a failed test leaves under it is taken away.
+class channel_name {
+ public:
+  explicit channel_name(std::string_view what) {
+    static int count = 0;
+    name_ = "strait-test-" + std::to_string(::getpid()) + '-' + std::to_string(++count) + '-' + std::string{what};
+  }
+  channel_name(const channel_name&) = delete;
+  channel_name& operator=(const channel_name&) = delete;
+  ~channel_name() {
+    if (::unlink(path().c_str()) != 0) ::rmdir(path().c_str());
+  }
+
+  /// What stands after the scheme.
+  [[nodiscard]] const std::string& bare() const noexcept { return name_; }
+  /// What the user would write.
+  [[nodiscard]] std::string text() const { return "posix:" + name_; }
+  [[nodiscard]] std::string path() const { return "/dev/shm/" + name_; }
+  /// Whether there is anything under the name.
+  [[nodiscard]] bool exists() const {
+    struct ::stat file{};
+    return ::lstat(path().c_str(), &file) == 0;
+  }
+
+ private:
+  std::string name_;
+};
+
+/// A file as others see it: what it holds, and the marks that a writer would leave.
+struct file_state {
+  std::vector<char> bytes;
+  ::ino_t inode = 0;
+  ::mode_t mode = 0;
+  std::chrono::nanoseconds modified{};
+  friend bool operator==(const file_state&, const file_state&) = default;
+};
+
+inline file_state state_of(const std::string& path) {
+  struct ::stat file{};
+  if (::lstat(path.c_str(), &file) != 0) throw std::system_error{errno, std::system_category(), path};
+  file_state state;
+  if (S_ISREG(file.st_mode)) {
+    std::ifstream stream{path, std::ios::binary};
+    state.bytes.assign(std::istreambuf_iterator<char>{stream}, {});
+  }
+  state.inode = file.st_ino;
+  state.mode = file.st_mode;
+  state.modified = std::chrono::seconds{file.st_mtim.tv_sec} + std::chrono::nanoseconds{file.st_mtim.tv_nsec};
+  return state;
+}
+
+inline void write_file(const std::string& path, const std::vector<char>& bytes) {
+  std::ofstream stream{path, std::ios::binary | std::ios::trunc};
+  stream.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  if (!stream.flush()) throw std::runtime_error{"cannot write " + path};
+}
+
+/// Fails unless `attempt` throws a std::system_error of that code whose text holds all the words.
+template <class Attempt>
+void check_refused(const std::error_code& expected, std::initializer_list<std::string_view> words, Attempt&& attempt) {
+  try {
+    attempt();
+  } catch (const std::system_error& error) {
+    const std::string text = error.what();
+    CHECK_MESSAGE(error.code() == expected, "expected \"", expected.message(), "\", found \"", text, "\"");
+    for (const std::string_view word : words) {
+      CHECK_MESSAGE(text.find(word) != std::string::npos, "expected \"", std::string{word}, "\" in \"", text, "\"");
+    }
+    return;
+  }
+  FAIL_CHECK("expected \"" << expected.message() << "\", found no error");
+}
+
+/// Waits for a condition that is sure to come; half a minute without it fails the test.
+template <class Condition>
+void eventually(Condition&& condition) {
+  const auto patience = std::chrono::steady_clock::now() + std::chrono::seconds{30};
+  while (!condition()) {
+    if (std::chrono::steady_clock::now() > patience) FAIL("waited in vain");
+    std::this_thread::sleep_for(std::chrono::microseconds{100});  // between two looks, so that the other side can run
+  }
+}
+
+}  // namespace test
