@@ -865,7 +865,7 @@ class receiver {
     const std::uint32_t length = linger_.length();
     if (length == 0) return false;
     for (std::uint32_t i = 0; i < length; ++i) {
-      cpu_relax();
+      if (i >= linger::without_pause) cpu_relax();
       // What happened to the peer is for the waiter's look: here only a message counts.
       if (look_at_lane() != 0) {
         gather_.found(lane_.known());

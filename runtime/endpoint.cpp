@@ -159,6 +159,8 @@ struct endpoint::private_channel {
 void endpoint::adopt(segment_header& header, const segment_header& checked, role mine,
                      const channel_options& options) noexcept {
   header_ = &header;
+  own_ = &header.ends[static_cast<std::size_t>(mine)];
+  peer_ = &header.ends[static_cast<std::size_t>(other(mine))];
   role_ = mine;
   capacity_ = checked.capacity;
   slots_offset_ = checked.slots_offset;
