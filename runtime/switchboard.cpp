@@ -153,7 +153,7 @@ class switchboard {
       collect_mailbox();
       found = bells_.find({owner, number});
       // Not there: its owner has died (and is told nothing any more), or left the bell with a predecessor of ours,
-      // whose end wakes it.
+      // whose end wakes it, or was rung by our hanging up.
       if (found == bells_.end()) return;
     }
     if (found->second.eventfd) {
@@ -260,13 +260,20 @@ class switchboard {
 
   /// Takes everything that others left: connections, and the bells on them.
   void collect_mailbox() {
+    if (!spare_) spare_ = descriptor{::open("/dev/null", O_RDONLY | O_CLOEXEC)};
     for (;;) {
       int accepted = ::accept4(mailbox_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
-      if (accepted < 0 && (errno == EMFILE || errno == ENFILE)) {
-        // No descriptor left. The spare one makes room for the connection; the bell behind it will not arrive, and we
-        // ring over the connection instead.
+      if (accepted < 0 && (errno == EMFILE || errno == ENFILE) && spare_) {
+        // No descriptor left. The spare one makes room for the connection, but only to hang up: that rings every bell
+        // that was left on it, and there may be more behind it. Kept open, it is the spare one for the next, so that no
+        // other thread takes the room.
         spare_ = {};
         accepted = ::accept4(mailbox_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        if (accepted >= 0) {
+          ::shutdown(accepted, SHUT_RDWR);
+          spare_ = descriptor{accepted};
+          continue;
+        }
       }
       if (accepted < 0) {
         if (errno == EINTR) continue;
