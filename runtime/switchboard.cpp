@@ -1,6 +1,7 @@
 module;
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -264,9 +265,11 @@ class switchboard {
     for (;;) {
       int accepted = ::accept4(mailbox_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
       if (accepted < 0 && (errno == EMFILE || errno == ENFILE) && spare_) {
-        // No descriptor left. The spare one makes room for the connection, but only to hang up: that rings every bell
-        // that was left on it, and there may be more behind it. Kept open, it is the spare one for the next, so that no
-        // other thread takes the room.
+        // No descriptor left, which is said even when nobody has called.
+        ::pollfd calls{mailbox_.get(), POLLIN, 0};
+        if (::poll(&calls, 1, 0) <= 0) break;
+        // The spare one makes room for the connection, but only to hang up: that rings every bell that was left on it,
+        // and there may be more behind it. Kept open, it is the spare one for the next, so that nobody takes the room.
         spare_ = {};
         accepted = ::accept4(mailbox_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
         if (accepted >= 0) {
