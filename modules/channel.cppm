@@ -62,8 +62,12 @@ struct message_traits {
 
 /// The shape that a segment's header tells of `T`.
 template <class T>
-inline constexpr message_shape shape_of{message_traits<T>::name, message_traits<T>::version,
-                                        static_cast<std::uint32_t>(sizeof(T)), static_cast<std::uint32_t>(alignof(T))};
+inline constexpr message_shape shape_of = [] {
+  static_assert(alignof(T) <= 4096, "a lane begins where a page does, so a message cannot be aligned to more than that");
+  static_assert(message_traits<T>::name.size() < 64, "a message type's name has up to 63 characters");
+  return message_shape{message_traits<T>::name, message_traits<T>::version, static_cast<std::uint32_t>(sizeof(T)),
+                       static_cast<std::uint32_t>(alignof(T))};
+}();
 
 /// How many messages an awaited operation takes or puts without suspending before its coroutine lets others have their
 /// turn once. A suspension costs some tens of nanoseconds, so this is invisible in the mean; its length is what a
@@ -291,6 +295,13 @@ template <class T>
 inline constexpr std::uint64_t messages_a_line = sizeof(T) >= 64 ? 1 : 64 / sizeof(T);
 template <class T>
 inline constexpr std::uint64_t messages_ahead = sizeof(T) >= bytes_ahead ? 1 : bytes_ahead / sizeof(T);
+
+/// Calls `use` with the address of each line that a slot touches first.
+template <class Slot, class Use>
+void for_each_line(const Slot& slot, Use use) noexcept {
+  const auto* bytes = reinterpret_cast<const std::byte*>(&slot);
+  for (std::size_t at = 0; at < sizeof(Slot); at += 64) use(bytes + at);
+}
 
 /// A word that says `closed`, for handles that closed or were moved from.
 inline std::atomic<std::uint32_t> closed_word{static_cast<std::uint32_t>(presence::closed)};
@@ -564,7 +575,8 @@ class sender {
     published();
     // Only slots that are known to be free: the receiver still reads the others.
     if (lane_.tail() % messages_a_line<T> == 0 && lane_.known_room() > messages_ahead<T>) {
-      prefetch_for_writing(&slots_[(lane_.tail() + messages_ahead<T>) & (lane_.capacity() - 1)]);
+      const auto& slot = slots_[(lane_.tail() + messages_ahead<T>) & (lane_.capacity() - 1)];
+      for_each_line(slot, [](const std::byte* line) { prefetch_for_writing(line); });
     }
   }
 
@@ -861,7 +873,7 @@ class receiver {
     const std::uint32_t length = linger_.length();
     if (length == 0) return false;
     for (std::uint32_t i = 0; i < length; ++i) {
-      cpu_relax();
+      if (i >= linger::without_pause) cpu_relax();
       // What happened to the peer is for the waiter's look: here only a message counts.
       if (look_at_lane() != 0) {
         gather_.found(lane_.known());
@@ -899,7 +911,8 @@ class receiver {
       if (there > 1) {
         const std::uint64_t near = std::min(there, messages_ahead<T>);
         for (std::uint64_t i = 0; i < near; i += messages_a_line<T>) {
-          prefetch_for_reading(&slots_[(lane_.head() + i) & (lane_.capacity() - 1)]);
+          for_each_line(slots_[(lane_.head() + i) & (lane_.capacity() - 1)],
+                        [](const std::byte* line) { prefetch_for_reading(line); });
         }
       }
       return true;
@@ -944,7 +957,8 @@ class receiver {
     } guard{*this};
     // Only messages that are known to be there: the sender still writes the other slots.
     if (lane_.head() % messages_a_line<T> == 0 && lane_.known() > messages_ahead<T>) {
-      prefetch_for_reading(&slots_[(lane_.head() + messages_ahead<T>) & (lane_.capacity() - 1)]);
+      const auto& slot = slots_[(lane_.head() + messages_ahead<T>) & (lane_.capacity() - 1)];
+      for_each_line(slot, [](const std::byte* line) { prefetch_for_reading(line); });
     }
     return lane_.template take<T>(slots_);
   }

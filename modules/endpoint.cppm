@@ -244,8 +244,8 @@ class endpoint final : private process_watcher {
   struct private_channel;
 
   endpoint() = default;
-  [[nodiscard]] inline end_entry& own() const noexcept { return header_->ends[static_cast<std::size_t>(role_)]; }
-  [[nodiscard]] inline end_entry& peer() const noexcept { return header_->ends[static_cast<std::size_t>(other(role_))]; }
+  [[nodiscard]] inline end_entry& own() const noexcept { return *own_; }
+  [[nodiscard]] inline end_entry& peer() const noexcept { return *peer_; }
   void adopt(segment_header& header, const segment_header& checked, role mine,
              const channel_options& options) noexcept;
   void enter();
@@ -259,6 +259,8 @@ class endpoint final : private process_watcher {
 
   // Read on the path of each message that found its peer not awake, and at each look at an empty lane.
   segment_header* header_ = nullptr;
+  end_entry* own_ = nullptr;
+  end_entry* peer_ = nullptr;
   std::uint64_t capacity_ = 0;
   role role_ = role::sender;
   std::uint32_t slots_offset_ = 0;

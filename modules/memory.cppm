@@ -1,4 +1,5 @@
 module;
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -101,6 +102,10 @@ class file_locks {
   [[nodiscard]] bool try_lock(std::uint64_t byte) noexcept;
   /// Waits: parks in the kernel until the byte is free.
   void lock(std::uint64_t byte) noexcept;
+  /// The same, but not for longer than `patience`; false: somebody holds it still.
+  ///
+  /// Waits: sleeps a millisecond at a time, because the kernel's wait for a lock knows no time-out.
+  [[nodiscard]] bool lock_within(std::uint64_t byte, std::chrono::milliseconds patience) noexcept;
   void unlock(std::uint64_t byte) noexcept;
   /// Whether another description holds the byte.
   [[nodiscard]] bool held_by_other(std::uint64_t byte) const noexcept;

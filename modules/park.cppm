@@ -230,7 +230,8 @@ struct process_identity {
 /// identity, where others leave the doorbells by which this process may ring them. When no socket can be had, nobody
 /// can leave one, and hubs elsewhere wait on the futex instead.
 ///
-/// Waits: never. Allocates: once. Errors: none. Complexity: constant after the first call.
+/// Waits: never. Allocates: once. Errors: `std::system_error` when the first call finds no descriptors left. Complexity:
+/// constant after the first call.
 [[nodiscard]] process_identity this_process();
 
 /// Leaves the doorbell `number` of this process in the mailbox of process `to`, once. False: it cannot be reached
@@ -406,7 +407,7 @@ class linger {
   inline explicit linger(wait_policy policy) noexcept
       : allowed_{policy != wait_policy::park && online_cpu_count() > 1} {}
 
-  /// Looks to spend now, a PAUSE between each two.
+  /// Looks to spend now: `without_pause` at once, the others with a PAUSE before each.
   [[nodiscard]] inline std::uint32_t length() noexcept {
     if (!near_) return 0;
     if (--until_suspension_ != 0) return longest;
@@ -420,7 +421,9 @@ class linger {
 
   /// Together about half a microsecond to one, by CPU: a round trip of a line between distant cores.
   static constexpr std::uint32_t longest = 64;
-  static constexpr std::uint32_t waits_between_suspensions = 64;
+  /// A PAUSE takes as long as a line needs from a neighbouring core, and a message that came in it waits for its end.
+  static constexpr std::uint32_t without_pause = 32;
+  static constexpr std::uint32_t waits_between_suspensions = 256;
 
  private:
   bool allowed_ = false;

@@ -214,6 +214,8 @@ class lane_consumer {
   std::uint64_t look() noexcept {
     // acquire: pairs with lane_producer::publish; see there.
     const std::uint64_t tail = control_->tail.load(std::memory_order_acquire);
+    // Nothing new: what a spinning consumer sees again and again, so it writes nothing.
+    if (tail == tail_seen_ && attached_) return known();
     const std::uint64_t there = tail - head_;
     if (there > capacity_) [[unlikely]] {
       corrupt_ = true;

@@ -5,6 +5,7 @@ module;
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -158,6 +159,8 @@ struct endpoint::private_channel {
 void endpoint::adopt(segment_header& header, const segment_header& checked, role mine,
                      const channel_options& options) noexcept {
   header_ = &header;
+  own_ = &header.ends[static_cast<std::size_t>(mine)];
+  peer_ = &header.ends[static_cast<std::size_t>(other(mine))];
   role_ = mine;
   capacity_ = checked.capacity;
   slots_offset_ = checked.slots_offset;
@@ -266,6 +269,8 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     return verdict::enter;
   };
 
+  // Now, because it may fail: later there would be a segment to be taken back.
+  (void)this_process();
   made->segment_ = open_segment(made->name_, options.open, plan, sizeof(segment_header), examine, bytes_to_map);
   // Once more, and from here on only this copy: what was examined can have been overwritten before it was mapped.
   segment_header checked{};
@@ -335,11 +340,13 @@ void endpoint::close() noexcept {
   // The hub may have ended without taking its announcement back, and a relay sleeps as long as that stands.
   take_back(own_word());
   relay_.reset();
-  segment_.locks.lock(gate_byte);
+  // Entering and leaving take microseconds. Who holds the gate for longer is stopped, and must not stop us as well: then
+  // the name is left to whoever comes next.
+  const bool at_the_gate = segment_.locks.lock_within(gate_byte, std::chrono::seconds{1});
   // release: as above.
   own_word().store(static_cast<std::uint32_t>(presence::closed), std::memory_order_release);
   ring(claim_ring(peer_word(), barrier_));
-  if (!segment_.locks.held_by_other(byte_of(other(role_)))) {
+  if (at_the_gate && !segment_.locks.held_by_other(byte_of(other(role_)))) {
     // Messages for a receiver that has yet to come keep the name; otherwise the last one out removes it.
     const bool undelivered = header_->lane.tail.load(std::memory_order_relaxed) !=
                              header_->lane.head.load(std::memory_order_relaxed);

@@ -103,6 +103,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
     // Untracked: what the hub holds for good must not count as work that the context's run() waits for.
     std::call_once(used_, [&] {
       executor_ = asio::prefer(without_strand(executor), asio::execution::outstanding_work.untracked);
+      // Now, because Asio may open a reactor for it: when it is time to park there may be no descriptors left.
+      bell_wait_.emplace(executor_, bell_.descriptor());
     });
   }
 
@@ -396,7 +398,6 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   /// Announces, looks once more, and leaves the context to its reactor. False: there was something.
   bool park() {
-    if (!bell_wait_) bell_wait_.emplace(executor_, bell_.descriptor());
     bool by_process = false;
     bool by_machine = false;
     bool by_fence = false;

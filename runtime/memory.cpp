@@ -12,8 +12,10 @@ module;
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <ctime>
 #include <cstdio>
 #include <functional>
 #include <mutex>
@@ -316,6 +318,16 @@ void file_locks::lock(std::uint64_t byte) noexcept {
   struct ::flock lock = byte_lock(F_WRLCK, byte);
   while (::fcntl(descriptor_, F_OFD_SETLKW, &lock) != 0 && errno == EINTR) {
   }
+}
+
+bool file_locks::lock_within(std::uint64_t byte, std::chrono::milliseconds patience) noexcept {
+  const auto deadline = std::chrono::steady_clock::now() + patience;
+  while (!try_lock(byte)) {
+    if (std::chrono::steady_clock::now() >= deadline) return false;
+    const timespec moment{.tv_sec = 0, .tv_nsec = 1'000'000};
+    ::nanosleep(&moment, nullptr);
+  }
+  return true;
 }
 
 void file_locks::unlock(std::uint64_t byte) noexcept {

@@ -117,7 +117,14 @@ process_identity random_identity() {
 class switchboard {
  public:
   switchboard() : identity_{random_identity()} {
+    // All that waking and being told of a death needs is made now, where its lack is an error that opening a channel
+    // reports: a process that runs out of descriptors later neither loses a bell nor sleeps on beside a dead peer.
     spare_ = descriptor{::open("/dev/null", O_RDONLY | O_CLOEXEC)};
+    epoll_ = descriptor{::epoll_create1(EPOLL_CLOEXEC)};
+    control_ = descriptor{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+    if (!spare_ || !epoll_ || !control_ || !add_to_epoll(control_.get())) {
+      throw std::system_error{errno, std::system_category(), "descriptors for the wake-ups of a channel between processes"};
+    }
     descriptor box{::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0)};
     const mailbox_address here{identity_};
     if (box && ::bind(box.get(), reinterpret_cast<const ::sockaddr*>(&here.address), here.length) == 0 &&
@@ -324,29 +331,19 @@ class switchboard {
   }
 
   bool add_to_epoll(int connection) {
-    if (!epoll_) epoll_ = descriptor{::epoll_create1(EPOLL_CLOEXEC)};
     ::epoll_event interest{};
     interest.events = EPOLLIN | EPOLLRDHUP;
     interest.data.fd = connection;
-    return epoll_ && ::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, connection, &interest) == 0;
+    return ::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, connection, &interest) == 0;
   }
 
   void poke() noexcept {
     const std::uint64_t one = 1;
-    if (control_) {
-      [[maybe_unused]] const auto put = ::write(control_.get(), &one, sizeof one);
-    }
+    [[maybe_unused]] const auto put = ::write(control_.get(), &one, sizeof one);
   }
 
   void start_sentry() {
     if (sentry_.joinable()) return;
-    if (!control_) {
-      descriptor control{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
-      if (!control || !add_to_epoll(control.get())) {
-        throw std::system_error{errno, std::system_category(), "eventfd and epoll for the sentry thread"};
-      }
-      control_ = std::move(control);
-    }
     sentry_ = std::thread{[this, mine = ++watch_number_] { stand_sentry(mine); }};
   }
 

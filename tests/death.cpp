@@ -24,6 +24,9 @@
 
 #include <algorithm>
 #include <array>
+#include <asio/bind_cancellation_slot.hpp>
+#include <asio/bind_executor.hpp>
+#include <asio/cancellation_signal.hpp>
 #include <asio/co_spawn.hpp>
 #include <asio/detached.hpp>
 #include <asio/executor_work_guard.hpp>
@@ -37,6 +40,7 @@
 #include <cstring>
 #include <exception>
 #include <filesystem>
+#include <fstream>
 #include <memory>
 #include <optional>
 #include <random>
@@ -141,8 +145,9 @@ enum class part : std::uint32_t {
   echo,
   /// Opens and closes until it is killed.
   open_close,
-  /// Holds one end and has a child by fork.
+  /// Holds one end and has a child by fork; and the same while a coroutine waits.
   fork,
+  fork_while_waiting,
   /// Sends one message when it has no descriptor left.
   no_descriptors,
 };
@@ -154,8 +159,12 @@ struct order {
   death::form form = form::thread;
   strait::wait_policy policy = strait::wait_policy::adaptive;
   bool large = false;
+  /// Whether to open and close both ends.
+  bool both_roles = false;
   /// Whether to leave for a network in which no mailbox can be reached.
   bool alone_in_network = false;
+  /// Whether to use up all descriptors before the first message.
+  bool no_descriptors = false;
   std::uint64_t capacity = 64;
   /// Stamped on what a sender sends; what a receiver expects first.
   std::uint64_t generation = 1;
@@ -194,8 +203,10 @@ struct ledger {
   std::atomic<std::uint32_t> started{0};
   std::atomic<std::uint32_t> go{0};
   std::atomic<std::uint32_t> opened{0};
-  /// The grandchild.
+  /// The grandchild: its process id, the test's word that it may end, and that it has let go of its copy of the end.
   std::atomic<std::int32_t> grandchild{0};
+  std::atomic<std::uint32_t> grandchild_go{0};
+  std::atomic<std::uint32_t> grandchild_gone{0};
 
   std::atomic<std::uint32_t> failed{0};
   std::array<char, 400> failure{};
@@ -354,6 +365,8 @@ class engine {
     }
   }
 
+  void drive_task(strait::task<> what) { runtime_.spawn(std::move(what)); }
+
   /// Joins the threads whose loops have ended.
   void tidy() {
     for (auto& thread : threads_) thread.join();
@@ -372,13 +385,13 @@ class engine {
 
 constexpr int ledger_descriptor = 100;
 
-template <class T>
-auto open_end(strait::role role, std::string_view name, const strait::channel_options& options) {
-  if constexpr (std::is_same_v<T, strait::sender<typename T::value_type>>) {
-    (void)role;
-    return strait::open_sender<typename T::value_type>(name, options);
+template <class End>
+End open_end(std::string_view name, const strait::channel_options& options) {
+  using message = typename End::value_type;
+  if constexpr (std::is_same_v<End, strait::sender<message>>) {
+    return strait::open_sender<message>(name, options);
   } else {
-    return strait::open_receiver<typename T::value_type>(name, options);
+    return strait::open_receiver<message>(name, options);
   }
 }
 
@@ -390,7 +403,7 @@ End open_when_free(const ledger& mine) {
   std::string why;
   const bool in_time = within(patience, [&] {
     try {
-      made.emplace(open_end<End>(mine.what.role, mine.what.name.data(), options));
+      made.emplace(open_end<End>(mine.what.name.data(), options));
       return true;
     } catch (const std::system_error& error) {
       if (error.code() != strait::errc::end_in_use) throw;
@@ -419,9 +432,21 @@ void die_at(int call, int command) {
   }
 }
 
-void wait_for_go(const ledger& mine, std::uint32_t at_least) {
-  // Unbounded: the test bounds it, and takes its children with it when it ends.
-  while (mine.go < at_least) std::this_thread::sleep_for(50us);
+/// Waits for the test's word; not for ever, because a grandchild does not end with the test.
+void wait_for(const std::atomic<std::uint32_t>& word, std::uint32_t at_least) {
+  if (!within(60s, [&] { return word >= at_least; })) std::_Exit(5);
+}
+
+/// What a test never says: the child is to be killed.
+constexpr std::uint32_t never = ~std::uint32_t{0};
+
+void use_up_descriptors() {
+  ::rlimit limit{};
+  ::getrlimit(RLIMIT_NOFILE, &limit);
+  limit.rlim_cur = 128;
+  ::setrlimit(RLIMIT_NOFILE, &limit);
+  while (::open("/dev/null", O_RDONLY | O_CLOEXEC) >= 0) {
+  }
 }
 
 template <class End>
@@ -429,6 +454,7 @@ void child_streams(ledger& mine) {
   // Leaked: most finales are to find it open.
   auto* end = new End{open_when_free<End>(mine)};
   auto* runs = new engine;
+  if (mine.what.no_descriptors) use_up_descriptors();
   mine.opened = 1;
   runs->drive(mine.what.form, *end, mine);
   while (mine.finished == 0) std::this_thread::sleep_for(50us);
@@ -438,7 +464,7 @@ void child_streams(ledger& mine) {
       end->close();
       return;
     case finale::idle:
-      wait_for_go(mine, no_limit & 0xffff'ffff);
+      wait_for(mine.go, never);
       return;
     case finale::exit:
       std::exit(0);
@@ -501,7 +527,7 @@ void child_opens_and_closes(ledger& mine) {
     in.close();
   };
   for (; mine.done < mine.what.count; ++mine.done) {
-    if (mine.what.part == part::open_close && mine.what.generation == 2) {
+    if (mine.what.both_roles) {
       both();
     } else if (mine.what.role == strait::role::sender) {
       send_two();
@@ -511,49 +537,65 @@ void child_opens_and_closes(ledger& mine) {
   }
 }
 
+/// In the child of the fork: lives on for a while, then lets go of its copy of the end as any program does, and ends.
+template <class End>
+[[noreturn]] void live_as_grandchild(ledger& mine, End* end) {
+  wait_for(mine.grandchild_go, 1);
+  delete end;
+  mine.grandchild_gone = 1;
+  std::exit(0);
+}
+
 template <class End>
 void child_forks(ledger& mine) {
   auto* end = new End{open_when_free<End>(mine)};
   mine.opened = 1;
-  // Three of some more: something is taken and not yet released when the fork copies it.
+  // Three of some more: something was taken and not yet released when the fork copies it.
   const std::uint64_t all = std::exchange(mine.what.count, 3);
+  mine.expected = key_of(mine.what.generation, 0);
   drive_in_thread(*end, mine);
-  // A receiver that waits in a coroutine where nobody can ring yet has a thread to wait for it, which no fork copies.
   const pid_t forked = ::fork();
-  if (forked == 0) {
-    ::prctl(PR_SET_PDEATHSIG, 0);
-    wait_for_go(mine, 2);
-    delete end;
-    std::exit(0);
-  }
+  if (forked == 0) live_as_grandchild(mine, end);
   mine.grandchild = forked;
+  wait_for(mine.go, 2);
   mine.what.count = all;
   drive_in_thread(*end, mine);
-  wait_for_go(mine, no_limit & 0xffff'ffff);
+  wait_for(mine.go, never);
 }
 
-void use_up_descriptors() {
-  ::rlimit limit{};
-  ::getrlimit(RLIMIT_NOFILE, &limit);
-  limit.rlim_cur = 128;
-  ::setrlimit(RLIMIT_NOFILE, &limit);
-  while (::open("/dev/null", O_RDONLY | O_CLOEXEC) >= 0) {
-  }
+/// The same, while a coroutine waits in this process for a sender that has not come yet: a thread waits on its behalf,
+/// and no fork copies threads.
+void child_forks_while_waiting(ledger& mine) {
+  using end_type = strait::receiver<small_message>;
+  auto* end = new end_type{open_when_free<end_type>(mine)};
+  auto* context = new asio::io_context{1};
+  mine.expected = key_of(mine.what.generation, 0);
+  strait::spawn(*context, drive_in_coroutine<strait::task<>>(*end, mine));
+  mine.opened = 1;
+  const auto parked = [&] { return mine.go >= 2; };
+  while (!parked()) context->run_for(1ms);
+  const pid_t forked = ::fork();
+  if (forked == 0) live_as_grandchild(mine, end);
+  mine.grandchild = forked;
+  context->run();
+  wait_for(mine.go, never);
 }
 
 void child_sends_without_descriptors(ledger& mine) {
   auto end = open_when_free<strait::sender<small_message>>(mine);
-  // `generation` 1: before anything was done with the channel; 2: after a first message, so the peer is known.
-  if (mine.what.generation == 2) end.blocking_send(make<small_message>(key_of(1, 0)));
-  mine.opened = 1;
+  // Either nothing was done with the channel before, or the peer is known already.
+  if (mine.what.count == 2) {
+    end.blocking_send(next<small_message>(mine));
+    ++mine.done;
+  }
   use_up_descriptors();
-  mine.started = 2;
-  wait_for_go(mine, 2);
+  mine.opened = 1;
+  wait_for(mine.go, 2);
   std::error_code error;
-  end.blocking_send(make<small_message>(key_of(1, mine.what.generation - 1)), error);
+  end.blocking_send(next<small_message>(mine), error);
   if (error) mine.fail("send: " + error.message());
-  mine.done = 1;
-  wait_for_go(mine, 3);
+  ++mine.done;
+  wait_for(mine.go, never);
 }
 
 template <class T>
@@ -572,6 +614,9 @@ void child_of_type(ledger& mine) {
       } else {
         child_forks<strait::receiver<T>>(mine);
       }
+      return;
+    case part::fork_while_waiting:
+      child_forks_while_waiting(mine);
       return;
     case part::echo:
       child_echoes(mine);
@@ -600,7 +645,7 @@ int child_main() {
       return 4;
     }
     mine.started = 1;
-    wait_for_go(mine, 1);
+    wait_for(mine.go, 1);
     if (mine.what.large) {
       child_of_type<large_message>(mine);
     } else {
@@ -1007,6 +1052,294 @@ void kill_many(strait::role who, bool replaced) {
 
 }  // namespace death
 
+namespace death {
+
+// ---- a channel that was left behind ---------------------------------------------------------------------------------
+
+/// Opens both ends of what may have been left behind, and sends a message through. Tells a check that fails from one
+/// that could be passed by luck: nobody is refused, nobody is told of an end that is not one, and nothing stays.
+template <class T>
+void check_works_again(const std::string& name, strait::role first, std::optional<std::size_t> capacity,
+                       bool may_have_ended = false) {
+  constexpr std::uint64_t mark = key_of(77, 7);
+  const strait::channel_options options{.capacity = capacity};
+  std::optional<strait::sender<T>> tx;
+  std::optional<strait::receiver<T>> rx;
+  int deaths = 0;
+  int left = 0;
+  bool marked = false;
+  // Takes what there is, up to the mark.
+  const auto drain = [&] {
+    for (;;) {
+      std::error_code error;
+      const std::optional<T> message = rx->try_recv(error);
+      if (error == strait::errc::peer_died) {
+        ++deaths;
+        continue;
+      }
+      CHECK(error == std::error_code{});
+      if (!message || error) return;
+      CHECK(intact(*message));
+      if (message->key == mark) {
+        marked = true;
+        return;
+      }
+      ++left;
+    }
+  };
+  const auto send_mark = [&] {
+    std::error_code error;
+    bool sent = tx->try_send(make<T>(mark), error);
+    if (error == strait::errc::peer_died) {
+      ++deaths;
+      sent = tx->try_send(make<T>(mark), error);
+    }
+    CHECK(error == std::error_code{});
+    return sent;
+  };
+  if (first == strait::role::receiver) {
+    rx.emplace(strait::open_receiver<T>(name, options));
+    drain();
+    // A stream that ended with messages for a receiver to come is the one that may have ended.
+    if (left == 0 || !may_have_ended) CHECK_FALSE(rx->is_closed());
+    tx.emplace(strait::open_sender<T>(name, options));
+    CHECK(send_mark());
+  } else {
+    tx.emplace(strait::open_sender<T>(name, options));
+    const bool sent = send_mark();  // there may be no room beside what was left
+    CHECK_FALSE(tx->is_closed());
+    rx.emplace(strait::open_receiver<T>(name, options));
+    if (!sent) {
+      drain();
+      CHECK(send_mark());
+    }
+  }
+  drain();
+  CHECK(marked);
+  CHECK(deaths <= 1);
+  CHECK_FALSE(rx->is_closed());
+  if (first == strait::role::receiver) {
+    rx->close();
+    tx->close();
+  } else {
+    tx->close();
+    std::error_code error;
+    CHECK_FALSE(rx->blocking_recv(error));
+    CHECK(error == std::error_code{});
+    rx->close();
+  }
+  CHECK_FALSE(exists(name));
+}
+
+// ---- a survivor, for the cases that are not a round -----------------------------------------------------------------
+
+template <class End>
+struct survivor {
+  survivor(const std::string& name, death::form how, strait::wait_policy policy)
+      : how{how}, end{open_end<End>(name, {.capacity = 64, .wait = policy})} {
+    book.what = order_for(
+        name, std::is_same_v<End, strait::receiver<small_message>> ? strait::role::receiver : strait::role::sender);
+  }
+  void drive(engine& where) { where.drive(how, end, book); }
+  [[nodiscard]] bool told_of_death(std::int64_t killed_at) {
+    const bool told = within(patience, [this] { return book.deaths != 0 || book.failed != 0; });
+    CHECK(told);
+    check_answer(book, killed_at);
+    return told;
+  }
+  void end_of(engine& where) {
+    const bool ended = within(patience, [this] { return book.finished != 0; });
+    CHECK(ended);
+    CHECK(book.failure_text() == "");
+    if (!ended) std::abort();  // it cannot be taken apart while something waits in it
+    where.tidy();
+  }
+
+  death::form how;
+  End end;
+  ledger book;
+};
+
+using sending = strait::sender<small_message>;
+using receiving = strait::receiver<small_message>;
+
+// ---- stopped --------------------------------------------------------------------------------------------------------
+
+/// How long a peer is stopped: much longer than any poll, and than the second in which a death would be reported.
+constexpr auto stopped_for = 1200ms;
+
+template <class Own>
+void stop_a_peer(death::form how, engine& where) {
+  constexpr strait::role peer_role = std::is_same_v<Own, receiving> ? strait::role::sender : strait::role::receiver;
+  const std::string name = fresh_name();
+  survivor<Own> here{name, how, strait::wait_policy::adaptive};
+  const glass seen{name};
+  child peer{order_for(name, peer_role)};
+  check_opened(peer);
+  here.drive(where);
+  REQUIRE(within(patience, [&] { return here.book.done > 1000; }));
+  peer.send_signal(SIGSTOP);
+  const strait::role own_role = peer_role == strait::role::sender ? strait::role::receiver : strait::role::sender;
+  CHECK(within(patience, [&] { return seen.parked(own_role); }));
+  const std::uint64_t before = here.book.done;
+  std::this_thread::sleep_for(stopped_for);
+  CHECK(here.book.deaths.load() == 0);
+  CHECK(here.book.finished.load() == 0);
+  CHECK(here.book.done.load() == before);
+  peer.send_signal(SIGCONT);
+  CHECK(within(patience, [&] { return here.book.done > before + 1000; }));
+  CHECK(here.book.deaths.load() == 0);
+  CHECK(peer.book().failure_text() == "");
+  (void)here.told_of_death(peer.kill_now());
+  here.end_of(where);
+}
+
+// ---- a fork's child -------------------------------------------------------------------------------------------------
+
+/// The owner of an end has a child by fork. `killed`: the owner is killed and replaced while that child lives on;
+/// otherwise the owner goes on, and the child ends.
+template <class Own>
+void fork_an_owner(bool killed, death::form how, engine& where) {
+  using Other = std::conditional_t<std::is_same_v<Own, receiving>, sending, receiving>;
+  const std::string name = fresh_name();
+  survivor<Own> here{name, how, strait::wait_policy::park};
+  here.book.what.after_death = no_limit / 2;
+  order deed = order_for(name, std::is_same_v<Own, receiving> ? strait::role::sender : strait::role::receiver);
+  deed.part = part::fork;
+  deed.count = 500;
+  child owner{deed};
+  if constexpr (std::is_same_v<Own, sending>) here.book.what.count = killed ? 500 : 250;
+  here.drive(where);
+  REQUIRE(within(patience, [&] { return owner.book().grandchild != 0 || owner.book().failed != 0; }));
+  const pid_t grandchild = owner.book().grandchild;
+  const auto grandchild_ends = [&] {
+    owner.book().grandchild_go = 1;
+    CHECK(within(patience, [&] { return owner.book().grandchild_gone != 0; }));
+  };
+
+  if (!killed) {
+    owner.book().go = 2;
+    if constexpr (std::is_same_v<Own, sending>) {
+      // In the middle of the stream, where the copy is far behind.
+      here.end_of(where);
+      REQUIRE(within(patience, [&] { return owner.book().done == 250; }));
+      grandchild_ends();
+      here.book.what.count = 500;
+      here.drive(where);
+    } else {
+      grandchild_ends();
+    }
+    CHECK(within(patience, [&] { return owner.book().done == 500 && here.book.done == 500; }));
+    CHECK(owner.book().failure_text() == "");
+    CHECK(here.book.deaths.load() == 0);
+    CHECK(here.book.closed.load() == 0);
+    if constexpr (std::is_same_v<Own, sending>) {
+      here.end_of(where);
+      here.end.close();
+      (void)owner.kill_now();
+      CHECK(owner.reap() == SIGKILL);
+      check_works_again<small_message>(name, strait::role::sender, std::nullopt);
+    } else {
+      here.book.what.after_death = 0;
+      (void)here.told_of_death(owner.kill_now());
+      here.end_of(where);
+      here.end.close();
+    }
+  } else {
+    owner.book().go = 2;
+    REQUIRE(within(patience, [&] { return owner.book().done == 500 && here.book.done == 500; }));
+    const std::int64_t killed_at = owner.kill_now();
+    if constexpr (std::is_same_v<Own, sending>) {
+      here.end_of(where);
+      here.book.what.count = no_limit;
+      here.drive(where);
+    }
+    (void)here.told_of_death(killed_at);
+    CHECK(::kill(grandchild, 0) == 0);
+    // A replacement, here; the grandchild ends while it streams.
+    Other other = open_end<Other>(name, {});
+    std::error_code error;
+    for (std::uint64_t i = 0; i < 400; ++i) {
+      if (i == 200) grandchild_ends();
+      if constexpr (std::is_same_v<Other, sending>) {
+        other.blocking_send(make<small_message>(key_of(2, i)), error);
+      } else {
+        CHECK(other.blocking_recv(error).has_value());
+      }
+      REQUIRE(error == std::error_code{});
+    }
+    other.close();
+    here.end_of(where);
+    CHECK(here.book.closed.load() == 1);
+    CHECK(here.book.deaths.load() == 1);
+    here.end.close();
+    // The owner's child is ours now.
+    int status = -1;
+    CHECK(owner.reap().has_value());
+    CHECK(within(patience, [&] { return ::waitpid(grandchild, &status, WNOHANG) == grandchild; }));
+    CHECK(status == 0);
+  }
+}
+
+// ---- two hubs, two processes ----------------------------------------------------------------------------------------
+
+strait::task<> ping(sending& there, receiving& back, ledger& mine, std::uint64_t count) {
+  std::error_code error;
+  for (std::uint64_t i = 0; i < count; ++i) {
+    co_await there.send(make<small_message>(key_of(1, i)), error);
+    if (error) mine.fail("ping: " + error.message());
+    const auto message = co_await back.recv(error);
+    if (!heard(mine, message, error)) break;
+  }
+  // One more, for which there is no ping: it waits until the peer is killed.
+  while (heard(mine, co_await back.recv(error), error)) {
+  }
+  mine.finished = 1;
+}
+
+void play_ping_pong(bool alone_in_network, engine& where) {
+  constexpr std::uint64_t count = 2000;
+  const std::string name = fresh_name();
+  order deed = order_for(name, strait::role::receiver);
+  deed.part = part::echo;
+  deed.policy = strait::wait_policy::park;
+  deed.alone_in_network = alone_in_network;
+  child peer{deed};
+  if (!within(patience, [&] { return peer.book().opened != 0 || peer.book().failed != 0; })) FAIL("no peer");
+  if (alone_in_network && peer.book().failure_text() == "unshare") {
+    MESSAGE("skipped: this user may not leave for a network of its own (CLONE_NEWNET)");
+    return;
+  }
+  REQUIRE(peer.book().failure_text() == "");
+  const strait::channel_options options{.wait = strait::wait_policy::park};
+  auto there = strait::open_sender<small_message>(name + "-there", options);
+  auto back = strait::open_receiver<small_message>(name + "-back", options);
+  ledger mine;
+  mine.expected = key_of(1, 0);
+  where.drive_task(ping(there, back, mine, count));
+  CHECK(within(patience, [&] { return mine.done == count || mine.failed != 0; }));
+  CHECK(mine.failure_text() == "");
+  CHECK(peer.book().failure_text() == "");
+  // Both wait now: on their doorbells, or on the word where those could not be handed over.
+  const auto expected = alone_in_network ? strait::presence::thread_parked : strait::presence::hub_parked;
+  const glass to_peer{name + "-there"};
+  const glass to_us{name + "-back"};
+  CHECK(within(patience, [&] { return to_peer.presence(strait::role::receiver) == expected; }));
+  CHECK(within(patience, [&] { return to_us.presence(strait::role::receiver) == expected; }));
+  CHECK(mine.deaths.load() == 0);
+  const std::int64_t killed_at = peer.kill_now();
+  const bool ended = within(patience, [&] { return mine.finished != 0; });
+  CHECK(ended);
+  check_answer(mine, killed_at);
+  if (!ended) std::abort();
+  there.close();
+  back.close();
+  CHECK_FALSE(exists(name + "-there"));
+  CHECK_FALSE(exists(name + "-back"));
+}
+
+}  // namespace death
+
 using namespace death;
 
 TEST_CASE("a sender is killed and not replaced") {
@@ -1020,6 +1353,364 @@ TEST_CASE("a receiver is killed and not replaced") {
 }
 TEST_CASE("a receiver is killed and replaced") {
   kill_many(strait::role::receiver, true);
+}
+
+TEST_CASE("a peer that is stopped is not dead") {
+  engine where;
+  stop_a_peer<receiving>(form::awaitable, where);
+  stop_a_peer<sending>(form::thread, where);
+  stop_a_peer<sending>(form::task, where);
+}
+
+TEST_CASE("both ends are killed: whoever comes next enters, and leaves nothing") {
+  for (int i = 0; i < 24 * rounds_factor; ++i) {
+    CAPTURE(i);
+    const std::string name = fresh_name();
+    order sends = order_for(name, strait::role::sender);
+    order takes = order_for(name, strait::role::receiver);
+    sends.form = forms[static_cast<std::size_t>(i) % 3];
+    takes.form = forms[static_cast<std::size_t>(i / 3) % 3];
+    // Every other time there is something left in the lane for certain.
+    if (i % 2 == 0) {
+      takes.count = 100;
+      takes.finale = finale::idle;
+    }
+    child sender{sends};
+    child receiver{takes};
+    check_opened(sender);
+    check_opened(receiver);
+    REQUIRE(within(patience, [&] { return receiver.book().done >= 100; }));
+    i % 3 == 0 ? (void)sender.kill_now() : (void)receiver.kill_now();
+    i % 3 == 0 ? (void)receiver.kill_now() : (void)sender.kill_now();
+    CHECK(sender.reap() == SIGKILL);
+    CHECK(receiver.reap() == SIGKILL);
+    CHECK(sender.book().failure_text() == "");
+    CHECK(receiver.book().failure_text() == "");
+    CHECK(exists(name));
+    const strait::role first = i % 4 < 2 ? strait::role::sender : strait::role::receiver;
+    switch (i / 4 % 4) {
+      case 0:
+        check_works_again<small_message>(name, first, std::nullopt);
+        break;
+      case 1:
+        check_works_again<small_message>(name, first, 64);
+        break;
+      case 2:
+        check_works_again<small_message>(name, first, 16);
+        break;
+      case 3:
+        check_works_again<large_message>(name, first, std::nullopt);
+        break;
+    }
+  }
+}
+
+TEST_CASE("killed at random while opening and closing") {
+  for (int i = 0; i < 120 * rounds_factor; ++i) {
+    CAPTURE(i);
+    const std::string name = fresh_name();
+    order sends = order_for(name, strait::role::sender);
+    sends.part = part::open_close;
+    order takes = sends;
+    takes.role = strait::role::receiver;
+    child sender{sends};
+    child receiver{takes};
+    REQUIRE(within(patience, [&] { return sender.book().done != 0 && receiver.book().done != 0; }));
+    const auto at = std::chrono::steady_clock::now() + std::chrono::microseconds{chance_below(1000)};
+    while (std::chrono::steady_clock::now() < at) {
+    }
+    (void)sender.kill_now();
+    (void)receiver.kill_now();
+    CHECK(sender.reap() == SIGKILL);
+    CHECK(receiver.reap() == SIGKILL);
+    CHECK(sender.book().failure_text() == "");
+    CHECK(receiver.book().failure_text() == "");
+    const strait::role first = i % 2 == 0 ? strait::role::sender : strait::role::receiver;
+    check_works_again<small_message>(name, first, std::nullopt, true);
+  }
+}
+
+TEST_CASE("killed at a chosen system call while opening or closing") {
+  struct place {
+    std::string name;
+    int call;
+    int command = -1;
+  };
+  const std::vector<place> places{
+      {"ftruncate", SYS_ftruncate},
+      {"fchmod", SYS_fchmod},
+      {"mmap", SYS_mmap},
+      {"fallocate", SYS_fallocate},
+      {"madvise", SYS_madvise},
+      {"linkat", SYS_linkat},
+      {"fcntl: waiting for the gate", SYS_fcntl, F_OFD_SETLKW},
+      {"fcntl: taking a lock", SYS_fcntl, F_OFD_SETLK},
+      {"fcntl: looking at a lock", SYS_fcntl, F_OFD_GETLK},
+#ifdef SYS_unlink
+      {"unlink", SYS_unlink},
+#else
+      {"unlink", SYS_unlinkat},
+#endif
+      {"munmap", SYS_munmap},
+      {"close", SYS_close},
+  };
+  for (const place& where : places) {
+    CAPTURE(where.name);
+    int killed = 0;
+    for (int what = 0; what < 6; ++what) {
+      CAPTURE(what);
+      const std::string name = fresh_name();
+      order deed = order_for(name, what % 3 == 1 ? strait::role::receiver : strait::role::sender);
+      deed.part = part::open_close;
+      deed.both_roles = what % 3 == 2;
+      deed.fatal_call = where.call;
+      deed.fatal_command = where.command;
+      deed.count = 3;
+      child one{deed};
+      const auto status = one.reap();
+      CHECK(one.book().failure_text() == "");
+      REQUIRE(status);
+      if (*status != 0) {
+        CHECK(WIFSIGNALED(*status));
+        CHECK(WTERMSIG(*status) == SIGSYS);
+        ++killed;
+      }
+      check_works_again<small_message>(name, what < 3 ? strait::role::sender : strait::role::receiver, std::nullopt,
+                                       true);
+    }
+    CHECK(killed > 0);
+  }
+}
+
+TEST_CASE("a process ends without closing: exit, abort, exec") {
+  engine where;
+  for (const finale how : {finale::exit, finale::abort, finale::exec}) {
+    for (const form waits : forms) {
+      CAPTURE(static_cast<int>(how));
+      CAPTURE(static_cast<int>(waits));
+      const std::string name = fresh_name();
+      order deed = order_for(name, strait::role::sender);
+      deed.form = waits;
+      deed.count = 100;
+      deed.finale = how;
+      {
+        survivor<receiving> here{name, waits, strait::wait_policy::park};
+        here.drive(where);
+        child peer{deed};
+        check_opened(peer);
+        REQUIRE(within(patience, [&] { return peer.book().done == deed.count; }));
+        (void)here.told_of_death(strait::now_ns());
+        CHECK(here.book.at_death.load() == deed.count);
+        here.end_of(where);
+        if (how == finale::exec) CHECK(::kill(peer.pid(), 0) == 0);  // it lives, as another program
+        if (how == finale::exit) CHECK(peer.reap() == 0);
+        if (how == finale::abort) CHECK(peer.reap() == SIGABRT);
+      }
+      CHECK_FALSE(exists(name));
+      deed.role = strait::role::receiver;
+      {
+        survivor<sending> here{name, waits, strait::wait_policy::park};
+        here.drive(where);
+        child peer{deed};
+        check_opened(peer);
+        REQUIRE(within(patience, [&] { return peer.book().done == deed.count; }));
+        (void)here.told_of_death(strait::now_ns());
+        here.end_of(where);
+      }
+      CHECK_FALSE(exists(name));
+    }
+  }
+}
+
+TEST_CASE("a fork's child neither keeps a dead owner alive nor closes its channel") {
+  // The grandchildren are to be ours when their parents are gone.
+  REQUIRE(::prctl(PR_SET_CHILD_SUBREAPER, 1) == 0);
+  engine where;
+  for (const bool killed : {false, true}) {
+    for (const form how : forms) {
+      CAPTURE(killed);
+      CAPTURE(static_cast<int>(how));
+      fork_an_owner<receiving>(killed, how, where);
+      fork_an_owner<sending>(killed, how, where);
+    }
+  }
+}
+
+TEST_CASE("a fork while a coroutine waits for a sender to come") {
+  const std::string name = fresh_name();
+  order deed = order_for(name, strait::role::receiver);
+  deed.part = part::fork_while_waiting;
+  deed.policy = strait::wait_policy::park;
+  child owner{deed};
+  check_opened(owner);
+  {
+    const glass seen{name};
+    REQUIRE(within(patience, [&] { return seen.parked(strait::role::receiver); }));
+  }
+  owner.book().go = 2;
+  REQUIRE(within(patience, [&] { return owner.book().grandchild != 0; }));
+  owner.book().grandchild_go = 1;
+  CHECK(within(patience, [&] { return owner.book().grandchild_gone != 0; }));
+  auto tx = strait::open_sender<small_message>(name);
+  for (std::uint64_t i = 0; i < 100; ++i) tx.blocking_send(make<small_message>(key_of(1, i)));
+  tx.close();
+  CHECK(within(patience, [&] { return owner.book().finished != 0; }));
+  CHECK(owner.book().failure_text() == "");
+  CHECK(owner.book().done.load() == 100);
+  (void)owner.kill_now();
+  CHECK(owner.reap() == SIGKILL);
+  check_works_again<small_message>(name, strait::role::receiver, std::nullopt);
+}
+
+TEST_CASE("two parked hubs in two processes ring each other's doorbells") {
+  engine where;
+  play_ping_pong(false, where);
+}
+
+TEST_CASE("two parked hubs that no socket connects wait on the word") {
+  engine where;
+  play_ping_pong(true, where);
+}
+
+TEST_CASE("a ringer without descriptors collects a doorbell") {
+  engine where;
+  // 1: it has done nothing with the channel before; 2: it knows its peer.
+  for (const std::uint64_t messages : {std::uint64_t{1}, std::uint64_t{2}}) {
+    for (const form how : {form::task, form::awaitable}) {
+      CAPTURE(messages);
+      CAPTURE(static_cast<int>(how));
+      const std::string name = fresh_name();
+      order deed = order_for(name, strait::role::sender);
+      deed.part = part::no_descriptors;
+      deed.count = messages;
+      std::optional<survivor<receiving>> here;
+      if (messages == 2) {
+        here.emplace(name, how, strait::wait_policy::park);
+        here->drive(where);
+      }
+      child peer{deed};
+      check_opened(peer);
+      if (messages == 1) {
+        here.emplace(name, how, strait::wait_policy::park);
+        here->drive(where);
+      }
+      const glass seen{name};
+      REQUIRE(within(patience, [&] {
+        return here->book.done == messages - 1 && seen.presence(strait::role::receiver) == strait::presence::hub_parked;
+      }));
+      peer.book().go = 2;
+      CHECK(within(2s, [&] { return here->book.done == messages; }));
+      CHECK(peer.book().failure_text() == "");
+      (void)here->told_of_death(peer.kill_now());
+      here->end_of(where);
+    }
+  }
+}
+
+TEST_CASE("a survivor without descriptors is told of a death") {
+  for (const strait::role who : {strait::role::sender, strait::role::receiver}) {
+    for (const form how : {form::thread, form::task}) {
+      const std::string name = fresh_name();
+      order stays = order_for(name, who);
+      stays.form = how;
+      stays.policy = strait::wait_policy::park;
+      stays.no_descriptors = true;
+      child poor{stays};
+      check_opened(poor);
+      child peer{order_for(name, strait::other(who))};
+      check_opened(peer);
+      REQUIRE(within(patience, [&] { return poor.book().done > 1000; }));
+      const std::int64_t killed_at = peer.kill_now();
+      CHECK(within(patience, [&] { return poor.book().deaths != 0; }));
+      check_answer(poor.book(), killed_at);
+      CHECK(poor.reap() == 0);
+      CHECK_FALSE(exists(name));
+    }
+  }
+}
+
+TEST_CASE("watches begin and end while others do") {
+  // Every thread is the last to watch again and again, so that sentries are relieved and posted at the same time.
+  struct blind final : strait::process_watcher {
+    bool look() noexcept override { return false; }
+  };
+  const auto watched = strait::this_process();
+  std::atomic<int> ended{0};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i) {
+    threads.emplace_back([&] {
+      for (int turn = 0; turn < 30000; ++turn) {
+        blind watcher;
+        strait::watch_process(watched, watcher);
+        strait::unwatch_process(watcher);
+      }
+      ++ended;
+    });
+  }
+  const bool all = within(patience, [&] { return ended == 3; });
+  CHECK(all);
+  if (!all) std::abort();  // whoever hangs cannot be joined
+  for (auto& thread : threads) thread.join();
+}
+
+/// Whether the thread that waits on a hub's behalf sleeps on a futex that other processes can wake.
+static bool relay_sleeps_on_word() {
+  for (const auto& thread : std::filesystem::directory_iterator{"/proc/self/task"}) {
+    std::string name;
+    std::ifstream{thread.path() / "comm"} >> name;
+    if (name != "strait-relay") continue;
+    long call = -1;
+    std::string address;
+    std::string operation;
+    std::ifstream{thread.path() / "syscall"} >> call >> address >> operation;
+    // FUTEX_WAIT_BITSET; condition variables of a process have the private bit set as well.
+    if (call == SYS_futex && operation == "0x9") return true;
+  }
+  return false;
+}
+
+TEST_CASE("a thread waits where a coroutine gave up") {
+  const std::string name = fresh_name();
+  auto rx = strait::open_receiver<small_message>(name, {.wait = strait::wait_policy::park});
+  const glass seen{name};
+  const auto parks = [&] { return seen.presence(strait::role::receiver) == strait::presence::thread_parked; };
+  asio::io_context context{1};
+  asio::cancellation_signal cancel;
+  std::error_code outcome;
+  strait::async_recv(
+      rx, asio::bind_executor(context, asio::bind_cancellation_slot(
+                                           cancel.slot(), [&](std::error_code error, std::optional<small_message>) {
+                                             outcome = error;
+                                           })));
+  // Nobody is there who could have its doorbell, so a thread sleeps on the word for it.
+  REQUIRE(within(patience, [&] {
+    context.poll();
+    return parks() && relay_sleeps_on_word();
+  }));
+  cancel.emit(asio::cancellation_type::all);
+  REQUIRE(within(patience, [&] {
+    context.poll();
+    return outcome == asio::error::operation_aborted;
+  }));
+  REQUIRE(!parks());
+  std::atomic<bool> taken{false};
+  std::thread thread{[&] {
+    if (rx.blocking_recv()) taken = true;
+  }};
+  REQUIRE(within(patience, parks));
+  auto tx = strait::open_sender<small_message>(name);
+  tx.blocking_send(make<small_message>(key_of(1, 0)));
+  const bool woken = within(patience, [&] { return taken.load(); });
+  CHECK(woken);
+  if (!woken) std::abort();
+  thread.join();
+}
+
+TEST_CASE("nothing of all this is left in /dev/shm") {
+  const std::string ours = "strait-death-" + std::to_string(::getpid());
+  for (const auto& entry : std::filesystem::directory_iterator{"/dev/shm"}) {
+    CHECK_FALSE(entry.path().filename().string().starts_with(ours));
+  }
 }
 
 int main(int argc, char** argv) {

@@ -61,6 +61,12 @@ struct nameless_and_large {
 struct nameless_and_aligned {
   alignas(16) std::uint64_t words[2];
 };
+struct a_line {
+  alignas(256) char bytes[256];
+};
+struct a_page {
+  alignas(4096) char bytes[4096];
+};
 
 }  // namespace
 
@@ -179,6 +185,29 @@ TEST_CASE("endpoint: a capacity of zero, or beyond the memory, is refused and no
   }
 }
 
+TEST_CASE("endpoint: every message lies where its type may lie") {
+  const auto check = [](auto tx, auto rx) {
+    using message = typename decltype(tx)::value_type;
+    for (int i = 0; i < 3; ++i) REQUIRE(tx.try_send(message{}));
+    auto shown = rx.peek();
+    REQUIRE(shown.await_ready());
+    for (const message& at : shown.await_resume()) {
+      CHECK(reinterpret_cast<std::uintptr_t>(&at) % alignof(message) == 0);
+    }
+  };
+  const channel_name name{"aligned"};
+  const auto check_both = [&]<class T>(T) {
+    auto [tx, rx] = strait::make_channel<T>({.capacity = 4});
+    check(std::move(tx), std::move(rx));
+    auto named_tx = strait::open_sender<T>(name.text(), {.capacity = 4});
+    auto named_rx = strait::open_receiver<T>(name.text());
+    check(std::move(named_tx), std::move(named_rx));
+  };
+  check_both(nameless_and_aligned{});
+  check_both(a_line{});
+  check_both(a_page{});
+}
+
 TEST_CASE("endpoint: a name that is none is refused at the handle, too") {
   check_refused(errc::unknown_scheme, {"\"shm:\""}, [] { (void)strait::open_sender<int>("shm:orders"); });
   check_refused(errc::bad_name, {"an empty name"}, [] { (void)strait::open_receiver<int>("posix:"); });
@@ -293,6 +322,24 @@ TEST_CASE("endpoint: a header that is not ours is refused whoever lives in it") 
   refused(offsetof(segment_header, slots_offset), std::uint32_t{4096}, errc::layout_mismatch, sane);
   refused(offsetof(segment_header, barrier), std::uint32_t{0}, errc::layout_mismatch, sane);
   refused(offsetof(segment_header, barrier), std::uint32_t{4}, errc::layout_mismatch, sane);
+
+  // Where the fields do agree with each other, and with the size of the file, but cannot be.
+  const auto slots_offset = get<std::uint32_t>(good, offsetof(segment_header, slots_offset));
+  const auto agreeing = [&](std::uint64_t capacity, std::uint32_t bytes) {
+    CAPTURE(capacity);
+    CAPTURE(bytes);
+    auto image = good;
+    put(image, offsetof(segment_header, capacity), capacity);
+    put(image, offsetof(segment_header, message_bytes), bytes);
+    put(image, offsetof(segment_header, segment_bytes), slots_offset + capacity * bytes);  // may wrap
+    test::write_file(name.path(), image);
+    check_both_refused<order>(name, errc::layout_mismatch, sane, all_modes);
+  };
+  agreeing(7, sizeof(order));
+  agreeing(0, sizeof(order));
+  agreeing(8, 0);
+  agreeing(std::uint64_t{1} << 60U, sizeof(order));
+  agreeing(std::uint64_t{1} << 63U, sizeof(order));
 }
 
 TEST_CASE("endpoint: a foreign file under the name is refused and stays as it is, by every byte and its time") {

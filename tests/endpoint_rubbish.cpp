@@ -167,6 +167,19 @@ TEST_CASE("rubbish: an impossible tail poisons the channel, in every form of rec
   }
 }
 
+TEST_CASE("rubbish: a tail that was impossible once is believed no more") {
+  rig<number> channel{{.capacity = capacity}};
+  channel.tail().store(~number{0});
+  CHECK(receive_until_error(channel.rx) == errc::corrupt);
+  channel.tail().store(1);
+  std::error_code error;
+  CHECK_FALSE(channel.rx.try_recv(error));
+  CHECK(error == errc::corrupt);
+  REQUIRE(channel.tx.try_send(number{1}, error));  // the sender has room that it knows of, and does not look
+  CHECK_FALSE(channel.rx.try_recv(error));
+  CHECK(error == errc::corrupt);
+}
+
 TEST_CASE("rubbish: a tail that is possible is believed, and what it shows lies in the lane") {
   rig<number> channel{{.capacity = capacity}};
   channel.tail().store(capacity);

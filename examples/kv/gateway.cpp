@@ -11,6 +11,8 @@
 #include <exception>
 #include <memory>
 #include <string>
+#include <string_view>
+#include <system_error>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -78,6 +80,7 @@ class gateway {
   std::uint64_t last_session_ = 0;
   asio::steady_timer patience_;
   bool stopping_ = false;
+  bool engine_died_ = false;
 };
 
 /// Throws when the engine ends before it has said that it is ready.
@@ -115,12 +118,13 @@ asio::awaitable<void> gateway::wait_for_signal() {
 
 asio::awaitable<void> gateway::accept_clients() {
   asio::steady_timer pause(context_);
-  while (acceptor_.is_open()) {
+  for (;;) {
     std::error_code error;
     auto socket = co_await acceptor_.async_accept(asio::redirect_error(asio::use_awaitable, error));
+    if (!acceptor_.is_open()) co_return;  // a client that came at this very moment is too late, too
     if (!error) {
       open_session(std::move(socket));
-    } else if (acceptor_.is_open()) {
+    } else {
       // Most likely all file descriptors are taken. That passes, and until then there is no point in spinning.
       pause.expires_after(100ms);
       co_await pause.async_wait(asio::use_awaitable);
@@ -148,10 +152,10 @@ asio::awaitable<void> gateway::send_requests() {
   std::vector<slot> batch;
   try {
     while (co_await queue_.pop_all(batch)) co_await requests_.send_many(batch);
+    if (!engine_died_) requests_.close();  // which the engine takes for the end
   } catch (const std::exception&) {
     // The engine is gone. receive_replies is told the same, after the last reply, and takes care of it.
   }
-  requests_.close();
 }
 
 /// Replies from the engine: the only coroutine that receives. It waits for no client, so that the engine never waits
@@ -163,9 +167,13 @@ asio::awaitable<void> gateway::receive_replies() {
     while (auto slot = co_await replies_.recv()) {
       if (const auto reply = incoming.add(*slot)) deliver(*reply);
     }
+  } catch (const std::system_error& error) {
+    engine_died_ = error.code() == strait::errc::peer_died;
+    how = error.what();
   } catch (const std::exception& error) {
     how = error.what();
   }
+  if (!engine_died_) replies_.close();
   if (!stopping_) engine_is_gone(how);
   signals_.cancel();
 }
@@ -226,15 +234,14 @@ int run_gateway(std::uint16_t port) {
   auto replies = strait::open_receiver<slot>(replies_of(pair), options);
   child engine({this_program(), "--engine", pair});
 
-  bool asked_to_stop = false;
-  {
-    gateway server(context, signals, std::move(acceptor), std::move(requests), std::move(replies));
-    server.start(engine);
-    context.run();
-    asked_to_stop = server.was_asked_to_stop();
-  }
-  // Our ends of the channels are closed by now, so the engine ends if it has not.
+  gateway server(context, signals, std::move(acceptor), std::move(requests), std::move(replies));
+  server.start(engine);
+  context.run();
+
+  // The engine has ended or is about to. Wait for it before our ends are destroyed: whoever leaves a channel last
+  // removes it, and a process that was killed still holds its ends until the kernel has cleared it away.
   const int status = engine.wait();
+  const bool asked_to_stop = server.was_asked_to_stop();
   if (status != 0) fmt::print(stderr, "kv-server: the engine ended with status {}\n", status);
   return asked_to_stop && status == 0 ? 0 : 1;
 }
