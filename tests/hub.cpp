@@ -129,6 +129,22 @@ TEST_CASE("a parked hub is woken by a sender in another thread, again and again"
   }
 }
 
+TEST_CASE("a hub that has learnt to spin for longer than a slice parks all the same") {
+  asio::io_context context{1};
+  watched_channel<message> channel{{.longest_spin = std::chrono::milliseconds{2}}};
+  std::atomic<message> got{0};
+  strait::spawn(context, count_all(channel.rx, got));
+  runner thread{context};
+  // Spins that are answered double the next.
+  for (message i = 0; i < 2'000; ++i) {
+    channel.tx.blocking_send(i);
+    while (got != i + 1) std::this_thread::yield();
+    for (int pause = 0; pause < 60; ++pause) strait::cpu_relax();
+  }
+  REQUIRE(eventually([&] { return thread.sleeps_with(*channel.receiver_word); }));
+  channel.tx.close();
+}
+
 TEST_CASE("a hub that waits busily never parks") {
   asio::io_context context{1};
   watched_channel<message> channel{{.capacity = 16, .wait = strait::wait_policy::busy}};
