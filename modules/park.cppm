@@ -422,7 +422,7 @@ class linger {
   /// Together about half a microsecond to one, by CPU: a round trip of a line between distant cores.
   static constexpr std::uint32_t longest = 64;
   /// A PAUSE takes as long as a line needs from a neighbouring core, and a message that came in it waits for its end.
-  static constexpr std::uint32_t without_pause = 32;
+  static constexpr std::uint32_t without_pause = 16;
   static constexpr std::uint32_t waits_between_suspensions = 256;
 
  private:

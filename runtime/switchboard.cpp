@@ -1,6 +1,7 @@
 module;
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -153,7 +154,7 @@ class switchboard {
       collect_mailbox();
       found = bells_.find({owner, number});
       // Not there: its owner has died (and is told nothing any more), or left the bell with a predecessor of ours,
-      // whose end wakes it.
+      // whose end wakes it, or was rung by our hanging up.
       if (found == bells_.end()) return;
     }
     if (found->second.eventfd) {
@@ -260,13 +261,22 @@ class switchboard {
 
   /// Takes everything that others left: connections, and the bells on them.
   void collect_mailbox() {
+    if (!spare_) spare_ = descriptor{::open("/dev/null", O_RDONLY | O_CLOEXEC)};
     for (;;) {
       int accepted = ::accept4(mailbox_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
-      if (accepted < 0 && (errno == EMFILE || errno == ENFILE)) {
-        // No descriptor left. The spare one makes room for the connection; the bell behind it will not arrive, and we
-        // ring over the connection instead.
+      if (accepted < 0 && (errno == EMFILE || errno == ENFILE) && spare_) {
+        // No descriptor left, which is said even when nobody has called.
+        ::pollfd calls{mailbox_.get(), POLLIN, 0};
+        if (::poll(&calls, 1, 0) <= 0) break;
+        // The spare one makes room for the connection, but only to hang up: that rings every bell that was left on it,
+        // and there may be more behind it. Kept open, it is the spare one for the next, so that nobody takes the room.
         spare_ = {};
         accepted = ::accept4(mailbox_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        if (accepted >= 0) {
+          ::shutdown(accepted, SHUT_RDWR);
+          spare_ = descriptor{accepted};
+          continue;
+        }
       }
       if (accepted < 0) {
         if (errno == EINTR) continue;
@@ -278,7 +288,7 @@ class switchboard {
     }
     std::erase_if(incoming_, [this](const descriptor& connection) {
       if (read_notes(connection.get())) return false;
-      forget_bells_of(connection.get());
+      forget(connection.get());
       return true;
     });
   }
@@ -319,7 +329,9 @@ class switchboard {
     }
   }
 
-  void forget_bells_of(int connection) {
+  /// Before the connection is closed.
+  void forget(int connection) {
+    serials_.erase(connection);
     std::erase_if(bells_, [&](const auto& entry) { return entry.second.connection == connection; });
   }
 
@@ -331,10 +343,13 @@ class switchboard {
   }
 
   bool add_to_epoll(int connection) {
+    const std::uint32_t serial = ++last_serial_;
     ::epoll_event interest{};
     interest.events = EPOLLIN | EPOLLRDHUP;
-    interest.data.fd = connection;
-    return ::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, connection, &interest) == 0;
+    interest.data.u64 = std::uint64_t{serial} << 32 | static_cast<std::uint32_t>(connection);
+    if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, connection, &interest) != 0) return false;
+    serials_[connection] = serial;
+    return true;
   }
 
   void poke() noexcept {
@@ -367,7 +382,10 @@ class switchboard {
   }
 
   void attend(const ::epoll_event& event) {
-    const int source = event.data.fd;
+    const int source = static_cast<int>(event.data.u64 & 0xffff'ffff);
+    // The event waited for the mutex, and a ringer may have closed the connection meanwhile. Its number may be that of
+    // another by now, even of a socket that is none of ours.
+    if (const auto known = serials_.find(source); known == serials_.end() || known->second != event.data.u64 >> 32) return;
     if (source == control_.get()) {
       // A relieved sentry may still be asleep: the poke is meant for it, too.
       if (relieved_ != 0) return;
@@ -385,10 +403,11 @@ class switchboard {
       // The other process may live and have dropped the connection (it had no descriptor left to keep it), and with it the
       // bells that we left there. Hubs that sleep behind them get up and offer them anew, or wait on the futex.
       for (const std::uint64_t number : line->second.offered) doorbell::ring(number);
+      forget(source);
       outgoing_.erase(line);
       return;
     }
-    forget_bells_of(source);
+    forget(source);
     std::erase_if(incoming_, [&](const descriptor& connection) { return connection.get() == source; });
   }
 
@@ -397,6 +416,9 @@ class switchboard {
   descriptor mailbox_;
   descriptor epoll_;
   descriptor control_;
+  /// What the descriptors in epoll are, as the events name them: a number is used again, a serial is not.
+  std::map<int, std::uint32_t> serials_;
+  std::uint32_t last_serial_ = 0;
   std::map<process_identity, outgoing> outgoing_;
   std::vector<descriptor> incoming_;
   std::map<std::pair<process_identity, std::uint64_t>, bell> bells_;

@@ -581,20 +581,26 @@ void child_forks_while_waiting(ledger& mine) {
   wait_for(mine.go, never);
 }
 
+/// Sends to two processes.
 void child_sends_without_descriptors(ledger& mine) {
-  auto end = open_when_free<strait::sender<small_message>>(mine);
-  // Either nothing was done with the channel before, or the peer is known already.
-  if (mine.what.count == 2) {
-    end.blocking_send(next<small_message>(mine));
+  const std::string name = mine.what.name.data();
+  const strait::channel_options options{.capacity = mine.what.capacity};
+  std::array ends{strait::open_sender<small_message>(name + "-1", options),
+                  strait::open_sender<small_message>(name + "-2", options)};
+  const auto send_to_both = [&] {
+    for (auto& end : ends) {
+      std::error_code error;
+      end.blocking_send(next<small_message>(mine), error);
+      if (error) mine.fail("send: " + error.message());
+    }
     ++mine.done;
-  }
+  };
+  // Either nothing was done with the channels before, or the peers are known already.
+  if (mine.what.count == 2) send_to_both();
   use_up_descriptors();
   mine.opened = 1;
   wait_for(mine.go, 2);
-  std::error_code error;
-  end.blocking_send(next<small_message>(mine), error);
-  if (error) mine.fail("send: " + error.message());
-  ++mine.done;
+  send_to_both();
   wait_for(mine.go, never);
 }
 
@@ -701,6 +707,16 @@ class child {
   std::int64_t kill_now() const {
     const std::int64_t now = strait::now_ns();
     send_signal(SIGKILL);
+    return now;
+  }
+
+  /// As /proc tells it: 'T' when it is stopped.
+  [[nodiscard]] char state() const {
+    std::ifstream file{"/proc/" + std::to_string(pid_) + "/stat"};
+    std::string id;
+    std::string name;
+    char now = '?';
+    file >> id >> name >> now;
     return now;
   }
 
@@ -1179,6 +1195,7 @@ void stop_a_peer(death::form how, engine& where) {
   here.drive(where);
   REQUIRE(within(patience, [&] { return here.book.done > 1000; }));
   peer.send_signal(SIGSTOP);
+  CHECK(within(patience, [&] { return peer.state() == 'T'; }));
   const strait::role own_role = peer_role == strait::role::sender ? strait::role::receiver : strait::role::sender;
   CHECK(within(patience, [&] { return seen.parked(own_role); }));
   const std::uint64_t before = here.book.done;
@@ -1370,11 +1387,11 @@ TEST_CASE("both ends are killed: whoever comes next enters, and leaves nothing")
     order takes = order_for(name, strait::role::receiver);
     sends.form = forms[static_cast<std::size_t>(i) % 3];
     takes.form = forms[static_cast<std::size_t>(i / 3) % 3];
+    // The one that is killed second may be told of it.
+    sends.finale = finale::idle;
+    takes.finale = finale::idle;
     // Every other time there is something left in the lane for certain.
-    if (i % 2 == 0) {
-      takes.count = 100;
-      takes.finale = finale::idle;
-    }
+    if (i % 2 == 0) takes.count = 100;
     child sender{sends};
     child receiver{takes};
     check_opened(sender);
@@ -1572,9 +1589,9 @@ TEST_CASE("two parked hubs that no socket connects wait on the word") {
   play_ping_pong(true, where);
 }
 
-TEST_CASE("a ringer without descriptors collects a doorbell") {
+TEST_CASE("a ringer without descriptors wakes the hubs of two processes") {
   engine where;
-  // 1: it has done nothing with the channel before; 2: it knows its peer.
+  // 1: it has done nothing with the channels before; 2: it knows its peers.
   for (const std::uint64_t messages : {std::uint64_t{1}, std::uint64_t{2}}) {
     for (const form how : {form::task, form::awaitable}) {
       CAPTURE(messages);
@@ -1583,26 +1600,38 @@ TEST_CASE("a ringer without descriptors collects a doorbell") {
       order deed = order_for(name, strait::role::sender);
       deed.part = part::no_descriptors;
       deed.count = messages;
+      order waits = order_for(name + "-2", strait::role::receiver);
+      waits.form = how;
+      waits.policy = strait::wait_policy::park;
       std::optional<survivor<receiving>> here;
-      if (messages == 2) {
-        here.emplace(name, how, strait::wait_policy::park);
+      std::optional<child> there;
+      const auto receivers_come = [&] {
+        here.emplace(name + "-1", how, strait::wait_policy::park);
         here->drive(where);
-      }
+        there.emplace(waits);
+        check_opened(*there);
+      };
+      if (messages == 2) receivers_come();
       child peer{deed};
       check_opened(peer);
-      if (messages == 1) {
-        here.emplace(name, how, strait::wait_policy::park);
-        here->drive(where);
-      }
-      const glass seen{name};
+      if (messages == 1) receivers_come();
+      const glass near{name + "-1"};
+      const glass far{name + "-2"};
       REQUIRE(within(patience, [&] {
-        return here->book.done == messages - 1 && seen.presence(strait::role::receiver) == strait::presence::hub_parked;
+        return here->book.done == messages - 1 && there->book().done == messages - 1 &&
+               near.presence(strait::role::receiver) == strait::presence::hub_parked &&
+               far.presence(strait::role::receiver) == strait::presence::hub_parked;
       }));
       peer.book().go = 2;
       CHECK(within(2s, [&] { return here->book.done == messages; }));
+      CHECK(within(2s, [&] { return there->book().done == messages; }));
       CHECK(peer.book().failure_text() == "");
-      (void)here->told_of_death(peer.kill_now());
+      const std::int64_t killed_at = peer.kill_now();
+      (void)here->told_of_death(killed_at);
       here->end_of(where);
+      CHECK(within(patience, [&] { return there->book().deaths != 0; }));
+      check_answer(there->book(), killed_at);
+      CHECK(there->reap() == 0);
     }
   }
 }
@@ -1639,7 +1668,7 @@ TEST_CASE("watches begin and end while others do") {
   std::vector<std::thread> threads;
   for (int i = 0; i < 3; ++i) {
     threads.emplace_back([&] {
-      for (int turn = 0; turn < 30000; ++turn) {
+      for (int turn = 0; turn < 3000; ++turn) {
         blind watcher;
         strait::watch_process(watched, watcher);
         strait::unwatch_process(watcher);
