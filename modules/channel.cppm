@@ -132,9 +132,9 @@ class single_user {
   };
 
  private:
-#ifndef NDEBUG
-  /// Says so and aborts.
+  /// Says so and aborts. There in every build, because a debug build may import what is installed from a release build.
   [[noreturn]] static void two_users() noexcept;
+#ifndef NDEBUG
   mutable std::atomic<std::uintptr_t> user_{0};
 #endif
 };

@@ -2,11 +2,11 @@
 # Builds strait's consumers from scratch, as a stranger would: from a source archive, knowing nothing of our build.
 #
 #     consume.sh SOURCE WORK COMPILER package              the archive, the installation and the Debian package
-#     consume.sh SOURCE WORK COMPILER WAY LANGUAGE         the project tests/consumers/WAY; WAY may be `debian`, too
+#     consume.sh SOURCE WORK COMPILER WAY LANGUAGE [TYPE]  the project tests/consumers/WAY; WAY may be `debian`, too
 #     consume.sh SOURCE WORK COMPILER complaints           what must not work says what to change
 #
 # All but the first need what the first leaves in WORK. LANGUAGE is `default` for what CMake does when nobody says
-# anything, or c++20, gnu++20, c++23, gnu++23. What fails stays in WORK.
+# anything, or c++20, gnu++20, c++23, gnu++23; TYPE is CMake's build type, none when nobody says it. What fails stays in WORK.
 set -euo pipefail
 export LC_ALL=C
 unset CXXFLAGS CMAKE_PREFIX_PATH strait_DIR
@@ -94,9 +94,9 @@ inspect_debian() {
   dpkg-deb -x "$deb" "$work/root"
 }
 
-# consume WAY LANGUAGE
+# consume WAY LANGUAGE [TYPE]
 consume() {
-  local name=$1-$2 options program
+  local name=$1-$2${3:+-$3} options program
   if [[ $1 == debian ]]; then
     inspect_debian
     project installed "$name"
@@ -104,7 +104,7 @@ consume() {
     project "$1" "$name"
   fi
   mapfile -t options < <(language "$2" && found "$1")
-  configure "$work/$name" "${with_ninja[@]}" "${options[@]}"
+  configure "$work/$name" "${with_ninja[@]}" "${options[@]}" ${3:+"-DCMAKE_BUILD_TYPE=$3"}
   cmake --build "$work/$name/build"
   for program in "${programs[@]}"; do
     "$work/$name/build/$program"
@@ -172,5 +172,5 @@ complaints() {
 case $what in
   package) package ;;
   complaints) complaints ;;
-  *) consume "$what" "$5" ;;
+  *) consume "$what" "${@:5}" ;;
 esac
