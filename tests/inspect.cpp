@@ -16,6 +16,7 @@
 #include <string_view>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "other_process.hpp"
@@ -52,6 +53,11 @@ std::optional<channel_state> listed(const channel_name& name) {
   const auto all = strait::list_channels();
   const auto found = std::ranges::find_if(all, [&](const channel_state& one) { return one.name.name == name.bare(); });
   return found == all.end() ? std::nullopt : std::optional{*found};
+}
+
+strait::task<> receive_all(strait::receiver<Quote> rx) {
+  while (co_await rx.recv()) {
+  }
 }
 
 /// A leftover: both ends were in a process that was killed, after it sent `messages`.
@@ -158,6 +164,21 @@ TEST_CASE("parks and wakes are counted where they happen") {
   CHECK(seen.ends[sender_index].parks == 0);
   CHECK(seen.ends[receiver_index].wakes == 0);
   CHECK(seen.ends[receiver_index].state == presence::awake);
+}
+
+TEST_CASE("a hub's parks are counted, too") {
+  const channel_name name{"hub"};
+  auto rx = strait::open_receiver<Quote>(name.text(), {.wait = strait::wait_policy::park});
+  auto tx = strait::open_sender<Quote>(name.text());
+  strait::runtime rt;
+  rt.spawn(receive_all(std::move(rx)));
+  test::eventually([&] {
+    const strait::end_state end = strait::inspect(name.text()).ends[receiver_index];
+    return end.parks > 0 && (end.state == presence::hub_parked || end.state == presence::thread_parked);
+  });
+  tx.blocking_send(Quote{});
+  tx.close();
+  rt.join();
 }
 
 TEST_CASE("what a crash left is stale, and goes") {
