@@ -50,7 +50,7 @@ class Strait(ConanFile):
         CMakeDeps(self).generate()
         PkgConfigDeps(self).generate()  # hwloc is found with pkg-config
         toolchain = CMakeToolchain(self, generator="Ninja")
-        for part in ("TESTS", "BENCH", "EXAMPLES", "WARNINGS_AS_ERRORS"):
+        for part in ("TESTS", "BENCH", "EXAMPLES", "TOOL", "WARNINGS_AS_ERRORS"):
             toolchain.cache_variables[f"STRAIT_{part}"] = False
         toolchain.cache_variables["STRAIT_MIMALLOC"] = bool(self.options.with_mimalloc)
         toolchain.generate()

@@ -64,7 +64,7 @@ package() {
 
   # With /usr as the prefix the folders are Debian's own.
   configure "$work/strait" "${with_ninja[@]}" -DCMAKE_INSTALL_PREFIX=/usr -DCMAKE_BUILD_TYPE=Release \
-    -DSTRAIT_TESTS=OFF -DSTRAIT_BENCH=OFF -DSTRAIT_EXAMPLES=OFF
+    -DSTRAIT_TESTS=OFF -DSTRAIT_BENCH=OFF -DSTRAIT_EXAMPLES=OFF -DSTRAIT_TOOL=OFF
   cmake --build "$work/strait/build"
   cmake --install "$work/strait/build" --prefix "$work/prefix"
   (cd "$work/strait/build" && cpack -G DEB)
