@@ -182,7 +182,6 @@ pair::pair(conductor& by, const subject& what, unsigned variant, const job& task
       start(processes_.back(), inherited.consumer);
     }
     by_.wait_until([this] { return all_ready(); }, [this] { return waiting_for(0); });
-    forget_names();
   } catch (...) {
     end_all();
     throw;

@@ -30,7 +30,7 @@ struct subject {
   void (*run)(end&);
   /// Settings of which the best counts; empty when there is nothing to set. An end is told the index.
   std::vector<std::string_view> variants = {};
-  /// Removes from the system what names the ends have made, once both are set up or one has failed; in the conductor.
+  /// Removes from the system what names the ends have made, once they are gone or one has failed; in the conductor.
   void (*forget_names)(std::uint64_t nonce) = nullptr;
   /// Whether the ends share a ring of `capacity_for` messages. A round that fits into it would measure one end alone.
   bool is_ring = false;
