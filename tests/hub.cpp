@@ -1264,6 +1264,30 @@ TEST_CASE("sleeping on the workers of a runtime, and in a context that several t
   CHECK(ended == 16);
 }
 
+TEST_CASE("sleepers that are always due again do not keep a channel from its turns") {
+  for (const bool shared : {true, false}) {
+    CAPTURE(shared);
+    asio::io_context context{1};
+    strait::hub_of(context.get_executor()).share(shared);
+    auto [tx, rx] = strait::make_channel<message>({.capacity = 1});
+    bool stop = false;
+    for (int i = 0; i < 40; ++i) {
+      strait::spawn(context, [](const bool& end) -> strait::task<> {
+        while (!end) co_await strait::sleep_for(std::chrono::seconds{0});
+      }(stop));
+    }
+    strait::spawn(context, send_all(std::move(tx), 200));
+    std::atomic<message> got{0};
+    strait::spawn(context,
+                  [](strait::receiver<message>& from, std::atomic<message>& count, bool& end) -> strait::task<> {
+                    co_await count_all(from, count);
+                    end = true;
+                  }(rx, got, stop));
+    context.run();
+    CHECK(got == 200);
+  }
+}
+
 TEST_CASE("a sleep of no length lets the others have their turn") {
   asio::io_context context{1};
   bool stop = false;
