@@ -81,8 +81,9 @@ struct mailbox_address {
   explicit mailbox_address(process_identity of) {
     address.sun_family = AF_UNIX;
     // sun_path[0] stays NUL: that is what makes it abstract.
-    const int written = std::snprintf(address.sun_path + 1, sizeof address.sun_path - 1, "strait-%016llx%016llx",
-                                      static_cast<unsigned long long>(of.high), static_cast<unsigned long long>(of.low));
+    const int written =
+        std::snprintf(address.sun_path + 1, sizeof address.sun_path - 1, "strait-%016llx%016llx",
+                      static_cast<unsigned long long>(of.high), static_cast<unsigned long long>(of.low));
     length = static_cast<::socklen_t>(offsetof(::sockaddr_un, sun_path) + 1 + static_cast<std::size_t>(written));
   }
 };
@@ -124,7 +125,8 @@ class switchboard {
     epoll_ = descriptor{::epoll_create1(EPOLL_CLOEXEC)};
     control_ = descriptor{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
     if (!spare_ || !epoll_ || !control_ || !add_to_epoll(control_.get())) {
-      throw std::system_error{errno, std::system_category(), "descriptors for the wake-ups of a channel between processes"};
+      throw std::system_error{errno, std::system_category(),
+                              "descriptors for the wake-ups of a channel between processes"};
     }
     descriptor box{::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0)};
     const mailbox_address here{identity_};
@@ -371,8 +373,8 @@ class switchboard {
       const int epoll = epoll_.get();
       std::array<::epoll_event, 32> events{};
       lock.unlock();
-      const int count = ::epoll_wait(epoll, events.data(), static_cast<int>(events.size()),
-                                     look_again ? look_again_ms : -1);
+      const int count =
+          ::epoll_wait(epoll, events.data(), static_cast<int>(events.size()), look_again ? look_again_ms : -1);
       lock.lock();
       for (int i = 0; i < count; ++i) attend(events[static_cast<std::size_t>(i)]);
       // `look` neither waits nor comes back here, so it may run under the mutex, which keeps its object alive.
@@ -385,7 +387,8 @@ class switchboard {
     const int source = static_cast<int>(event.data.u64 & 0xffff'ffff);
     // The event waited for the mutex, and a ringer may have closed the connection meanwhile. Its number may be that of
     // another by now, even of a socket that is none of ours.
-    if (const auto known = serials_.find(source); known == serials_.end() || known->second != event.data.u64 >> 32) return;
+    if (const auto known = serials_.find(source); known == serials_.end() || known->second != event.data.u64 >> 32)
+      return;
     if (source == control_.get()) {
       // A relieved sentry may still be asleep: the poke is meant for it, too.
       if (relieved_ != 0) return;
@@ -400,8 +403,8 @@ class switchboard {
       for (auto& entry : watched_) {
         if (entry.process == line->first) entry.look_again = true;
       }
-      // The other process may live and have dropped the connection (it had no descriptor left to keep it), and with it the
-      // bells that we left there. Hubs that sleep behind them get up and offer them anew, or wait on the futex.
+      // The other process may live and have dropped the connection (it had no descriptor left to keep it), and with it
+      // the bells that we left there. Hubs that sleep behind them get up and offer them anew, or wait on the futex.
       for (const std::uint64_t number : line->second.offered) doorbell::ring(number);
       forget(source);
       outgoing_.erase(line);
@@ -472,9 +475,13 @@ switchboard& board() {
 
 }  // namespace
 
-void attend_forks() { register_fork_handlers(); }
+void attend_forks() {
+  register_fork_handlers();
+}
 
-process_identity this_process() { return board().identity(); }
+process_identity this_process() {
+  return board().identity();
+}
 
 bool offer_doorbell(process_identity to, std::uint64_t number) noexcept {
   auto& here = board();
