@@ -45,7 +45,7 @@ class runtime_node {
   /// The CPU of a worker.
   [[nodiscard]] unsigned cpu(std::size_t worker) const;
 
-  /// Starts a task on the node's next worker. It stays there. From one thread at a time.
+  /// Starts a task on the node's next worker. It stays there. From any thread.
   ///
   /// Waits: never. Allocates: one frame. Errors: `std::bad_alloc`; what leaves the task is thrown by `join`. Complexity:
   /// constant.
@@ -60,6 +60,8 @@ class runtime_node {
   unsigned id_;
   std::size_t first_;
   std::size_t count_;
+  /// Whose turn it is; only through next_worker, which counts atomically.
+  [[nodiscard]] std::size_t next_worker() noexcept;
   std::size_t next_ = 0;
 };
 

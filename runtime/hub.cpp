@@ -31,7 +31,7 @@ thread_local hub* turning_hub = nullptr;
 
 /// How long a turn lasts when others use the context: what a socket or a timer waits at most beside a busy channel.
 constexpr std::int64_t slice_ns = 50'000;
-constexpr int looks_between_clocks = 32;
+constexpr std::uint64_t looks_between_clocks = 32;
 constexpr int completions_between_clocks = 16;
 
 enum class hub_state : std::uint32_t { idle, resident, parked };
@@ -292,12 +292,14 @@ class asio_hub final : public asio::execution_context::service, public hub {
   /// of the list, so two that are always ready would keep a pass going for ever. The next pass goes on where this ended.
   int pass() {
     int completed = 0;
+    looked_ = 0;
     const bool alone = waiters_.single();
     if (cursor_ == nullptr) cursor_ = waiters_.first();
     while (cursor_ != nullptr && completed < completions_between_clocks &&
            !failed_.load(std::memory_order_relaxed)) {
       hub_waiter& waiter = *cursor_;
       cursor_ = waiter.next;
+      ++looked_;
       if (!waiter.ready(waiter, alone)) continue;
       remove(waiter);
       ++completed;
@@ -309,35 +311,35 @@ class asio_hub final : public asio::execution_context::service, public hub {
   void run_slice() {
     const bool shared = shared_.load(std::memory_order_relaxed);
     const std::int64_t began = now_ns();
-    std::int64_t idle_since = began;
     std::int64_t last = began;
-    int looks = 0;
     int completions = 0;
     for (;;) {
       absorb_inbox();
       if (const int completed = pass(); completed != 0) {
-        if (looks >= looks_between_clocks) spin_.answered();
-        looks = 0;
+        if (idle_looks_ >= looks_between_clocks) spin_.answered();
+        idle_looks_ = 0;
         completions += completed;
         if (completions < completions_between_clocks && !failed_.load(std::memory_order_relaxed)) continue;
         completions = 0;
-        idle_since = last = now_ns();
+        last = now_ns();
       } else if (waiters_.empty()) {
+        idle_looks_ = 0;
         if (go_idle()) return;
         continue;
       } else {
         // The first looks read no clock, so that a message that is near meets no detour; but who never spins parks now.
-        if (++looks == 1 && spin_length() == 0) {
+        if (idle_looks_ == 0 && spin_length() == 0) {
           if (park()) return;
-          looks = 0;
           continue;
         }
-        if (looks % looks_between_clocks != 0) continue;
+        const std::uint64_t before = idle_looks_;
+        idle_looks_ += std::max<std::uint64_t>(looked_, 1);
+        if (before / looks_between_clocks == idle_looks_ / looks_between_clocks) continue;
         const std::int64_t now = now_ns();
-        if (looks == looks_between_clocks) idle_since = last = now;
+        if (before < looks_between_clocks) idle_since_ = last = now;
         if (now - last > spin_budget::preemption_gap) {
           spin_.preempted();
-        } else if (now - idle_since >= spin_length()) {
+        } else if (now - idle_since_ >= spin_length()) {
           spin_.in_vain();
         } else {
           last = now;
@@ -346,8 +348,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
           return;
         }
         if (spin_length() != forever) {
+          idle_looks_ = 0;
           if (park()) return;
-          looks = 0;
           continue;
         }
         last = now;
@@ -466,6 +468,11 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   std::mutex mutex_;
   intrusive_list<hub_waiter> waiters_;
+  /// Waiters that the last pass looked at, and that were looked at since one was ready. The latter and the time of the
+  /// first such looks outlive a turn: a spin may be longer than a slice.
+  std::uint64_t looked_ = 0;
+  std::uint64_t idle_looks_ = 0;
+  std::int64_t idle_since_ = 0;
   /// The next that a pass looks at; null: the first.
   hub_waiter* cursor_ = nullptr;
   spin_budget spin_;

@@ -195,7 +195,7 @@ struct runtime::state final : spawn_observer {
 /// For the functions of <strait/asio.hpp>.
 struct runtime_access {
   static asio::any_io_executor executor(runtime_node& node) {
-    worker& one = *node.owner_->state_->workers[node.first_ + node.next_++ % node.count_];
+    worker& one = *node.owner_->state_->workers[node.next_worker()];
     one.own_hub->share(true);
     return one.context.get_executor();
   }
@@ -208,9 +208,14 @@ unsigned runtime_node::cpu(std::size_t worker) const {
   return owner_->state_->workers[first_ + worker]->cpu;
 }
 
+std::size_t runtime_node::next_worker() noexcept {
+  // relaxed: only spreads tasks.
+  return first_ + std::atomic_ref{next_}.fetch_add(1, std::memory_order_relaxed) % count_;
+}
+
 void runtime_node::spawn(task<> what) {
   auto& all = *owner_->state_;
-  all.spawn(*all.workers[first_ + next_++ % count_], std::move(what));
+  all.spawn(*all.workers[next_worker()], std::move(what));
 }
 
 runtime::runtime(const runtime_options& options) : state_{std::make_unique<state>()} {

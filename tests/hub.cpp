@@ -26,12 +26,14 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -127,6 +129,22 @@ TEST_CASE("a parked hub is woken by a sender in another thread, again and again"
     thread.join();
     CHECK(got == 50);
   }
+}
+
+TEST_CASE("a hub that has learnt to spin for longer than a slice parks all the same") {
+  asio::io_context context{1};
+  watched_channel<message> channel{{.longest_spin = std::chrono::milliseconds{2}}};
+  std::atomic<message> got{0};
+  strait::spawn(context, count_all(channel.rx, got));
+  runner thread{context};
+  // Spins that are answered double the next.
+  for (message i = 0; i < 2'000; ++i) {
+    channel.tx.blocking_send(i);
+    while (got != i + 1) std::this_thread::yield();
+    for (int pause = 0; pause < 60; ++pause) strait::cpu_relax();
+  }
+  REQUIRE(eventually([&] { return thread.sleeps_with(*channel.receiver_word); }));
+  channel.tx.close();
 }
 
 TEST_CASE("a hub that waits busily never parks") {
@@ -642,47 +660,96 @@ TEST_CASE("a thread pool of Asio's is a context like any other") {
   CHECK(got == 2'000);
 }
 
-TEST_CASE("coroutines of one strand share a handle in a context of one thread") {
-  asio::io_context context{1};
-  const auto strand = asio::make_strand(context);
+namespace {
+
+/// Handlers that were sent to a `late_executor`, and wait there until the test runs them.
+class late_handlers {
+ public:
+  void add(std::function<void()> handler) {
+    const std::lock_guard lock{mutex_};
+    waiting_.push_back(std::move(handler));
+  }
+  [[nodiscard]] std::size_t size() {
+    const std::lock_guard lock{mutex_};
+    return waiting_.size();
+  }
+  void run() {
+    std::vector<std::function<void()>> now;
+    {
+      const std::lock_guard lock{mutex_};
+      now.swap(waiting_);
+    }
+    for (const auto& handler : now) handler();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::function<void()>> waiting_;
+};
+
+class late_executor {
+ public:
+  explicit late_executor(late_handlers& to) noexcept : to_{&to} {}
+  template <class Function>
+  void execute(Function&& function) const {
+    // std::function copies, and what Asio hands over can only be moved.
+    auto held = std::make_shared<std::decay_t<Function>>(std::forward<Function>(function));
+    to_->add([held] { (*held)(); });
+  }
+  /// It never runs anything at once.
+  late_executor require(asio::execution::blocking_t::never_t) const noexcept { return *this; }
+  bool operator==(const late_executor&) const noexcept = default;
+
+ private:
+  late_handlers* to_;
+};
+
+}  // namespace
+
+TEST_CASE("two receives on one handle share what comes, however late their handlers run") {
+  late_handlers handlers;
   auto [tx, rx] = strait::make_channel<message>({.capacity = 8});
   int values = 0;
   int ends = 0;
-  // Both wait when the one message comes: whoever does not get it must not take that for the end of the stream.
   for (int i = 0; i < 2; ++i) {
-    strait::async_recv(rx, asio::bind_executor(strand, [&](std::error_code error, std::optional<message> value) {
-                         CHECK_FALSE(error);
-                         ++(value ? values : ends);
-                       }));
+    strait::async_recv(
+        rx, asio::bind_executor(late_executor{handlers}, [&](std::error_code error, std::optional<message> value) {
+          CHECK_FALSE(error);
+          ++(value ? values : ends);
+        }));
   }
-  context.poll();
-  CHECK(tx.try_send(message{1}));
-  asio::post(context, [&] { asio::post(context, [&] { tx.close(); }); });
-  context.run();
+  tx.blocking_send(1);
+  // Both are found ready. Who does not get the message must not take that for the end of the stream.
+  REQUIRE(eventually([&] { return handlers.size() == 2; }));
+  handlers.run();
   CHECK(values == 1);
+  CHECK(ends == 0);
+  tx.close();
+  REQUIRE(eventually([&] { return handlers.size() == 1; }));
+  handlers.run();
   CHECK(ends == 1);
 }
 
-TEST_CASE("senders of one strand share a handle in a context of one thread") {
-  asio::io_context context{1};
-  const auto strand = asio::make_strand(context);
+TEST_CASE("two sends on one handle share the room that comes, however late their handlers run") {
+  late_handlers handlers;
   auto [tx, rx] = strait::make_channel<message>({.capacity = 1});
   CHECK(tx.try_send(message{0}));
   int sent = 0;
   for (message i = 1; i <= 2; ++i) {
-    strait::async_send(tx, i, asio::bind_executor(strand, [&](std::error_code error) {
+    strait::async_send(tx, i, asio::bind_executor(late_executor{handlers}, [&](std::error_code error) {
                          CHECK_FALSE(error);
                          ++sent;
                        }));
   }
-  context.poll();
   CHECK(rx.try_recv() == 0);
-  message next = 1;
-  while (sent < 2) {
-    context.run_one();
-    if (const auto value = rx.try_recv()) CHECK(*value == next++);
-  }
-  if (next == 2) CHECK(rx.try_recv() == 2);
+  REQUIRE(eventually([&] { return handlers.size() == 2; }));
+  handlers.run();
+  CHECK(sent == 1);
+  CHECK(rx.try_recv() == 1);
+  REQUIRE(eventually([&] { return handlers.size() == 1; }));
+  handlers.run();
+  CHECK(sent == 2);
+  CHECK(rx.try_recv() == 2);
 }
 
 // ---- errors and ends
