@@ -1,4 +1,6 @@
 module;
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -63,7 +65,8 @@ struct message_traits {
 /// The shape that a segment's header tells of `T`.
 template <class T>
 inline constexpr message_shape shape_of = [] {
-  static_assert(alignof(T) <= 4096, "a lane begins where a page does, so a message cannot be aligned to more than that");
+  static_assert(alignof(T) <= 4096,
+                "a lane begins where a page does, so a message cannot be aligned to more than that");
   static_assert(message_traits<T>::name.size() < 64, "a message type's name has up to 63 characters");
   return message_shape{message_traits<T>::name, message_traits<T>::version, static_cast<std::uint32_t>(sizeof(T)),
                        static_cast<std::uint32_t>(alignof(T))};
@@ -94,14 +97,56 @@ class batch_turn {
   std::uint64_t stretch_ = 0;
 };
 
+/// Sees to it, in debug builds, that a handle is used by one thread at a time: the lane's private cursors are not
+/// atomic, and two threads in them lose or double messages without a sign. Moving a handle from thread to thread is
+/// fine.
+class single_user {
+ public:
+  single_user() = default;
+  inline single_user(const single_user&) noexcept {}  // whom a copied or moved handle is used by begins anew
+  inline single_user& operator=(const single_user&) noexcept { return *this; }
+
+  /// While it lives, the handle is this thread's.
+  class [[nodiscard]] use {
+   public:
+#ifdef NDEBUG
+    inline explicit use(const single_user&) noexcept {}
+#else
+    inline explicit use(const single_user& handle) noexcept : handle_{&handle} {
+      const auto me = static_cast<std::uintptr_t>(::pthread_self());
+      std::uintptr_t user = 0;
+      // relaxed: a detector of mistakes, and not a lock that anything may lean on.
+      outermost_ = handle.user_.compare_exchange_strong(user, me, std::memory_order_relaxed);
+      if (!outermost_ && user != me) two_users();
+    }
+    inline ~use() {
+      if (outermost_) handle_->user_.store(0, std::memory_order_relaxed);
+    }
+    use(const use&) = delete;
+    use& operator=(const use&) = delete;
+
+   private:
+    const single_user* handle_;
+    bool outermost_ = false;
+#endif
+  };
+
+ private:
+#ifndef NDEBUG
+  /// Says so and aborts.
+  [[noreturn]] static void two_users() noexcept;
+  mutable std::atomic<std::uintptr_t> user_{0};
+#endif
+};
+
 template <class T>
 class sender;
 template <class T>
 class receiver;
 
-/// An operation, awaitable in any coroutine: in `asio::awaitable` directly, because it is one of its specialisations and
-/// so passes Asio's `await_transform` with an `await_ready()` of our own; in every other coroutine because it is a plain
-/// awaiter. Suspends only when it has to wait.
+/// An operation, awaitable in any coroutine: in `asio::awaitable` directly, because it is one of its specialisations
+/// and so passes Asio's `await_transform` with an `await_ready()` of our own; in every other coroutine because it is a
+/// plain awaiter. Suspends only when it has to wait.
 template <class Operation>
 struct awaited {};
 
@@ -111,17 +156,17 @@ inline constexpr bool is_asio_awaitable = false;
 template <class T, class Executor>
 inline constexpr bool is_asio_awaitable<asio::awaitable<T, Executor>> = true;
 template <class Promise>
-concept asio_promise = requires(Promise& promise) {
-  requires is_asio_awaitable<decltype(promise.get_return_object())>;
-};
+concept asio_promise =
+    requires(Promise& promise) { requires is_asio_awaitable<decltype(promise.get_return_object())>; };
 
 }  // namespace strait
 
 /// The awaiter of every operation.
 ///
-/// Waits: in the hub of the coroutine's executor; that of its task; or that of this thread. Cancel safety: destroying it
-/// while it waits takes nothing. Allocates: never, unless an `asio::awaitable` has to suspend, which takes one frame from
-/// Asio's cache. Errors: `no_hub` when a coroutine that is neither Asio's nor a `task` has to wait where no hub is.
+/// Waits: in the hub of the coroutine's executor; that of its task; or that of this thread. Cancel safety: destroying
+/// it while it waits takes nothing. Allocates: never, unless an `asio::awaitable` has to suspend, which takes one frame
+/// from Asio's cache. Errors: `no_hub` when a coroutine that is neither Asio's nor a `task` has to wait where no hub
+/// is.
 export template <class Operation, class Executor>
 class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
  public:
@@ -130,7 +175,8 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
   awaitable(awaitable&& other) noexcept : operation_{std::move(other.operation_)} {}
   awaitable& operator=(awaitable&&) = delete;
   ~awaitable() {
-    if (suspended_ != nullptr) [[unlikely]] suspended_->destroy(*this);
+    if (suspended_ != nullptr) [[unlikely]]
+      suspended_->destroy(*this);
   }
 
   [[nodiscard, gnu::always_inline]] bool await_ready() noexcept { return operation_.ready_now(); }
@@ -165,10 +211,11 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
         me.awaiting.resume();
       };
       static constexpr suspended_operations plain{
-          .destroy = [](awaitable& self) noexcept {
-            auto* me = std::launder(reinterpret_cast<plain_suspension*>(self.suspension_));
-            if (me->owner != nullptr) me->owner->withdraw(*me);
-          },
+          .destroy =
+              [](awaitable& self) noexcept {
+                auto* me = std::launder(reinterpret_cast<plain_suspension*>(self.suspension_));
+                if (me->owner != nullptr) me->owner->withdraw(*me);
+              },
           .resume = nullptr};  // not suspended any more when it resumes
       suspended_ = &plain;
       // From here on another thread may resume us: nothing of this object is touched after.
@@ -253,10 +300,12 @@ class operation_base {
     news why = news::none;
     if constexpr (std::is_void_v<decltype(self.finish(why))>) {
       self.finish(why);
-      if (why != news::none || errors_.code != nullptr) [[unlikely]] report(why, errors_.code, self.end_name());
+      if (why != news::none || errors_.code != nullptr) [[unlikely]]
+        report(why, errors_.code, self.end_name());
     } else {
       auto result = self.finish(why);
-      if (why != news::none || errors_.code != nullptr) [[unlikely]] report(why, errors_.code, self.end_name());
+      if (why != news::none || errors_.code != nullptr) [[unlikely]]
+        report(why, errors_.code, self.end_name());
       return result;
     }
   }
@@ -285,9 +334,9 @@ export namespace strait {
 template <class Operation>
 using awaitable_operation = asio::awaitable<awaited<Operation>, asio::any_io_executor>;
 
-/// How far ahead of a cursor its owner fetches slots. A line that the other CPU wrote takes some 100 to 200 ns to come, in
-/// which dozens of messages could be handled; the out-of-order window of a CPU reaches over one or two lines, and the
-/// hardware's own prefetcher does not cross lines that are modified elsewhere in time.
+/// How far ahead of a cursor its owner fetches slots. A line that the other CPU wrote takes some 100 to 200 ns to come,
+/// in which dozens of messages could be handled; the out-of-order window of a CPU reaches over one or two lines, and
+/// the hardware's own prefetcher does not cross lines that are modified elsewhere in time.
 inline constexpr std::size_t bytes_ahead = 512;
 
 /// Messages between two prefetches, a line's worth of small ones, and how many messages ahead they go.
@@ -361,7 +410,8 @@ class sender {
     [[nodiscard]] bool ready_now() noexcept { return sender_->ready_now(); }
     [[nodiscard]] bool look(bool) noexcept { return sender_->look(); }
     [[gnu::always_inline]] void finish(news& why) {
-      if (sender_->fails(why)) [[unlikely]] return;
+      if (sender_->fails(why)) [[unlikely]]
+        return;
       sender_->push(std::move(message_));
     }
     [[nodiscard]] endpoint* end() const noexcept { return sender_->end_.get(); }
@@ -379,9 +429,7 @@ class sender {
     send_many_operation(sender& from, std::span<const T> messages, Errors errors) noexcept
         : operation_base<send_many_operation, Errors>{errors}, sender_{&from}, messages_{messages} {}
     using operation_base<send_many_operation, Errors>::finish;
-    [[nodiscard]] bool ready_now() noexcept {
-      return !sender_->batch_turn_.due(sender_->lane_.tail()) && go_on();
-    }
+    [[nodiscard]] bool ready_now() noexcept { return !sender_->batch_turn_.due(sender_->lane_.tail()) && go_on(); }
     [[nodiscard]] bool look(bool) noexcept { return go_on(); }
     std::size_t finish(news& why) {
       if (!messages_.empty()) (void)sender_->fails(why);  // it says why
@@ -458,23 +506,26 @@ class sender {
     return awaitable_operation<send_operation<>>{send_operation<>{*this, std::move(message), {}}};
   }
   [[nodiscard]] awaitable_operation<send_operation<errors_set>> send(T message, std::error_code& error) {
-    return awaitable_operation<send_operation<errors_set>>{send_operation<errors_set>{*this, std::move(message), errors_set{&error}}};
+    return awaitable_operation<send_operation<errors_set>>{
+        send_operation<errors_set>{*this, std::move(message), errors_set{&error}}};
   }
 
-  /// Sends all messages of the span, in contiguous batches that cost one store each. To be awaited; yields how many were
-  /// sent, which is all of them unless there was an error. The span must live until then.
+  /// Sends all messages of the span, in contiguous batches that cost one store each. To be awaited; yields how many
+  /// were sent, which is all of them unless there was an error. The span must live until then.
   ///
-  /// Waits: in the hub while the lane is full. Cancel safety: what was sent before the cancellation stays sent, so cancel
-  /// only what may be sent in part. Allocates: never. Errors: as the class says. Complexity: linear.
+  /// Waits: in the hub while the lane is full. Cancel safety: what was sent before the cancellation stays sent, so
+  /// cancel only what may be sent in part. Allocates: never. Errors: as the class says. Complexity: linear.
   [[nodiscard]] awaitable_operation<send_many_operation<>> send_many(std::span<const T> messages)
     requires std::is_trivially_copyable_v<T>
   {
     return awaitable_operation<send_many_operation<>>{send_many_operation<>{*this, messages, {}}};
   }
-  [[nodiscard]] awaitable_operation<send_many_operation<errors_set>> send_many(std::span<const T> messages, std::error_code& error)
+  [[nodiscard]] awaitable_operation<send_many_operation<errors_set>> send_many(std::span<const T> messages,
+                                                                               std::error_code& error)
     requires std::is_trivially_copyable_v<T>
   {
-    return awaitable_operation<send_many_operation<errors_set>>{send_many_operation<errors_set>{*this, messages, errors_set{&error}}};
+    return awaitable_operation<send_many_operation<errors_set>>{
+        send_many_operation<errors_set>{*this, messages, errors_set{&error}}};
   }
 
   /// Reserves room for 1 to `n` messages in the lane itself. To be awaited; yields a permit.
@@ -489,7 +540,8 @@ class sender {
   [[nodiscard]] awaitable_operation<reserve_operation<errors_set>> reserve(std::size_t n, std::error_code& error)
     requires std::is_trivially_copyable_v<T>
   {
-    return awaitable_operation<reserve_operation<errors_set>>{reserve_operation<errors_set>{*this, n, errors_set{&error}}};
+    return awaitable_operation<reserve_operation<errors_set>>{
+        reserve_operation<errors_set>{*this, n, errors_set{&error}}};
   }
 
   /// Sends one message if there is room. False: there is none, and `message` is as it was.
@@ -549,6 +601,7 @@ class sender {
   [[nodiscard]] bool batch_ready_now() noexcept { return !batch_turn_.due(lane_.tail()) && look(); }
 
   [[gnu::noinline]] bool look() noexcept {
+    const single_user::use mine{user_};
     if (!end_) {
       ending_ = news::closed;
       return true;
@@ -563,7 +616,8 @@ class sender {
 
   /// Whether the operation ends without sending; why is the caller's.
   [[nodiscard]] bool fails(news& why) noexcept {
-    if (ending_ == news::none) [[likely]] return false;
+    if (ending_ == news::none) [[likely]]
+      return false;
     why = std::exchange(ending_, news::none);
     if (why == news::died) end_->death_reported();
     return true;
@@ -571,11 +625,12 @@ class sender {
 
   template <class U>
   [[gnu::always_inline]] void push(U&& message) {
+    const single_user::use mine{user_};
     lane_.template push<T>(slots_, std::forward<U>(message));
     published();
     // Only slots that are known to be free: the receiver still reads the others.
     if (lane_.tail() % messages_a_line<T> == 0 && lane_.known_room() > messages_ahead<T>) {
-      const auto& slot = slots_[(lane_.tail() + messages_ahead<T>) & (lane_.capacity() - 1)];
+      const auto& slot = slots_[(lane_.tail() + messages_ahead<T>)&(lane_.capacity() - 1)];
       for_each_line(slot, [](const std::byte* line) { prefetch_for_writing(line); });
     }
   }
@@ -583,7 +638,8 @@ class sender {
   /// The one check after a publication: does the receiver sleep?
   [[gnu::always_inline]] void published() noexcept {
     const presence receiver = claim_ring(*peer_word_, barrier_);
-    if (receiver != presence::awake) [[unlikely]] end_->ring(receiver);
+    if (receiver != presence::awake) [[unlikely]]
+      end_->ring(receiver);
   }
 
   [[nodiscard]] std::span<T> free_span(std::size_t wanted) noexcept {
@@ -629,7 +685,8 @@ class sender {
       }
     }
     push(std::forward<U>(message));
-    if (error != nullptr) [[unlikely]] error->clear();
+    if (error != nullptr) [[unlikely]]
+      error->clear();
     return true;
   }
 
@@ -659,6 +716,7 @@ class sender {
   store_load barrier_ = store_load::by_fence;
   batch_turn batch_turn_;
   news ending_ = news::none;
+  [[no_unique_address]] single_user user_;
   std::unique_ptr<endpoint> end_;
 };
 
@@ -787,8 +845,8 @@ class receiver {
     return awaitable_operation<recv_operation<errors_set>>{recv_operation<errors_set>{*this, errors_set{&error}}};
   }
 
-  /// Takes as many messages as are there and fit. To be awaited; yields how many, 0 only at the end of the stream, on an
-  /// error, or for an empty span.
+  /// Takes as many messages as are there and fit. To be awaited; yields how many, 0 only at the end of the stream, on
+  /// an error, or for an empty span.
   ///
   /// Waits: in the hub while there is none. Allocates: never. Errors: as the class says. Complexity: linear.
   [[nodiscard]] awaitable_operation<recv_many_operation<>> recv_many(std::span<T> into)
@@ -796,14 +854,16 @@ class receiver {
   {
     return awaitable_operation<recv_many_operation<>>{recv_many_operation<>{*this, into, {}}};
   }
-  [[nodiscard]] awaitable_operation<recv_many_operation<errors_set>> recv_many(std::span<T> into, std::error_code& error)
+  [[nodiscard]] awaitable_operation<recv_many_operation<errors_set>> recv_many(std::span<T> into,
+                                                                               std::error_code& error)
     requires std::is_trivially_copyable_v<T>
   {
-    return awaitable_operation<recv_many_operation<errors_set>>{recv_many_operation<errors_set>{*this, into, errors_set{&error}}};
+    return awaitable_operation<recv_many_operation<errors_set>>{
+        recv_many_operation<errors_set>{*this, into, errors_set{&error}}};
   }
 
-  /// Shows the messages that are there, where they lie, without taking them; `release` takes them. To be awaited; yields
-  /// a span, empty only at the end of the stream or on an error.
+  /// Shows the messages that are there, where they lie, without taking them; `release` takes them. To be awaited;
+  /// yields a span, empty only at the end of the stream or on an error.
   ///
   /// Waits: in the hub while there is none. Allocates: never. Errors: as the class says. Complexity: constant.
   [[nodiscard]] awaitable_operation<peek_operation<>> peek()
@@ -845,7 +905,8 @@ class receiver {
     return block(&error, deadline);
   }
 
-  /// Senders that wait for room are told at once. Messages not taken are lost, unless another receiver enters. Idempotent.
+  /// Senders that wait for room are told at once. Messages not taken are lost, unless another receiver enters.
+  /// Idempotent.
   void close() noexcept {
     if (end_) *this = receiver{};
   }
@@ -863,7 +924,8 @@ class receiver {
 
  private:
   [[nodiscard, gnu::always_inline]] bool ready_now() noexcept {
-    if (lane_.known() != 0 && !turn_due(lane_.head())) [[likely]] return true;
+    if (lane_.known() != 0 && !turn_due(lane_.head())) [[likely]]
+      return true;
     return !turn_due(lane_.head()) && look_in_place();
   }
 
@@ -898,13 +960,15 @@ class receiver {
 
   /// Whether there is a message, or a reason to wait no longer. `gather`: nobody is harmed by a short pause.
   [[gnu::noinline]] bool look(bool gather) noexcept {
+    const single_user::use mine{user_};
     if (lane_.known() != 0) return true;
     if (!end_) {
       ending_ = news::closed;
       return true;
     }
     // For good: a tail that is possible again is no reason to believe what is in the lane.
-    if (lane_.corrupt()) [[unlikely]] return corrupt();
+    if (lane_.corrupt()) [[unlikely]]
+      return corrupt();
     if (gather) gather_.before_look();
     if (const std::uint64_t there = look_at_lane(); there != 0) {
       gather_.found(there);
@@ -933,7 +997,8 @@ class receiver {
   std::uint64_t look_at_lane() noexcept {
     const std::uint64_t there = lane_.look();
     // A replacement published behind the declaration of the death, so whoever sees its message sees the death, too.
-    if (there == 0 || !end_->death_untold()) [[likely]] return there;
+    if (there == 0 || !end_->death_untold()) [[likely]]
+      return there;
     return lane_.limit(end_->died_at());
   }
 
@@ -951,27 +1016,30 @@ class receiver {
   }
 
   [[nodiscard, gnu::always_inline]] T take() {
+    const single_user::use mine{user_};
     struct release_after {
       receiver& self;
       ~release_after() { self.released_if_due(); }
     } guard{*this};
     // Only messages that are known to be there: the sender still writes the other slots.
     if (lane_.head() % messages_a_line<T> == 0 && lane_.known() > messages_ahead<T>) {
-      const auto& slot = slots_[(lane_.head() + messages_ahead<T>) & (lane_.capacity() - 1)];
+      const auto& slot = slots_[(lane_.head() + messages_ahead<T>)&(lane_.capacity() - 1)];
       for_each_line(slot, [](const std::byte* line) { prefetch_for_reading(line); });
     }
     return lane_.template take<T>(slots_);
   }
 
   [[gnu::always_inline]] void released_if_due() noexcept {
-    if (lane_.release_due()) [[unlikely]] released();
+    if (lane_.release_due()) [[unlikely]]
+      released();
   }
 
   /// Gives the slots of everything taken back, and wakes a sender that waits for room.
   [[gnu::noinline]] void released() noexcept {
     lane_.publish_head();
     const presence sender = claim_ring(end_->peer_word(), end_->barrier());
-    if (sender != presence::awake) [[unlikely]] end_->ring(sender);
+    if (sender != presence::awake) [[unlikely]]
+      end_->ring(sender);
   }
 
   /// The known messages up to where the lane wraps.
@@ -1002,7 +1070,8 @@ class receiver {
   std::optional<T> finish(std::error_code* error) {
     news why = news::none;
     if (lane_.known() != 0) {
-      if (error != nullptr) [[unlikely]] error->clear();
+      if (error != nullptr) [[unlikely]]
+        error->clear();
       return take();
     }
     take_ending(why);
@@ -1023,6 +1092,7 @@ class receiver {
   std::uint32_t hub_looks_ = 0;
   batch_turn batch_turn_;
   news ending_ = news::none;
+  [[no_unique_address]] single_user user_;
   std::unique_ptr<endpoint> end_;
 };
 

@@ -1,4 +1,6 @@
 module;
+#include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <system_error>
 module strait.channel;
@@ -6,6 +8,13 @@ module strait.channel;
 import strait.error;
 
 namespace strait {
+
+#ifndef NDEBUG
+void single_user::two_users() noexcept {
+  std::fputs("strait: a channel handle was used by two threads at the same time; expected one\n", stderr);
+  std::abort();
+}
+#endif
 
 void report(news why, std::error_code* error, const std::string& channel) {
   if (why == news::none) {

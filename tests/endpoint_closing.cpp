@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -18,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "other_process.hpp"
 #include "segment_files.hpp"
 
 import strait;
@@ -594,3 +596,40 @@ TEST_CASE("handles: ends that move from thread to thread lose nothing") {
   check(std::move(named_tx), std::move(named_rx));
   CHECK_FALSE(name.exists());
 }
+
+#ifndef NDEBUG
+
+namespace {
+
+/// A message that stops its sender in the middle of a send until it is told to go on.
+struct slow_message {
+  explicit slow_message(std::atomic<bool>* in_the_middle) : in_the_middle_{in_the_middle} {}
+  slow_message(slow_message&& other) noexcept : in_the_middle_{other.in_the_middle_} {
+    if (in_the_middle_ == nullptr) return;
+    in_the_middle_->store(true);
+    for (;;) std::this_thread::yield();  // the process ends around it
+  }
+  std::atomic<bool>* in_the_middle_;
+};
+
+}  // namespace
+
+TEST_CASE("child: two threads in one handle" * doctest::skip()) {
+  if (!test::is_child()) return;
+  std::signal(SIGABRT, SIG_DFL);
+  auto [tx, rx] = strait::make_channel<slow_message>({.capacity = 8});
+  std::atomic<bool> in_the_middle{false};
+  std::thread first{[&] { (void)tx.try_send(slow_message{&in_the_middle}); }};
+  while (!in_the_middle.load()) std::this_thread::yield();
+  test::tell_parent("in the middle");
+  (void)tx.try_send(slow_message{nullptr});
+  first.join();
+}
+
+TEST_CASE("closing: two threads in one handle are told, in debug builds") {
+  test::other_process child{"child: two threads in one handle"};
+  REQUIRE(child.hears() == "in the middle");
+  CHECK(child.finish() == 128 + SIGABRT);
+}
+
+#endif
