@@ -292,20 +292,16 @@ std::string memory_name::text() const {
   switch (scheme) {
     case memory_scheme::private_memory: return "private memory";
     case memory_scheme::posix: return "posix:" + name;
-    case memory_scheme::file:
-      return "file:" + name;
+    case memory_scheme::file: return "file:" + name;
   }
   return name;
 }
 
 std::string memory_name::path() const {
   switch (scheme) {
-    case memory_scheme::private_memory:
-      return {};
-    case memory_scheme::posix:
-      return std::string{shm_directory} + name;
-    case memory_scheme::file:
-      return name;
+    case memory_scheme::private_memory: return {};
+    case memory_scheme::posix: return std::string{shm_directory} + name;
+    case memory_scheme::file: return name;
   }
   return {};
 }
