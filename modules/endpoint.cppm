@@ -1,5 +1,6 @@
 module;
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -10,6 +11,7 @@ module;
 #include <string_view>
 #include <system_error>
 #include <utility>
+#include <vector>
 export module strait.endpoint;
 
 import strait.error;
@@ -26,6 +28,7 @@ export import strait.park;
 /// | boot                 | owner, entering, under the gate              | who enters | a boot that its role does not live in      |
 /// | process, doorbell    | owner, before it announces `hub_parked`      | the ringer | nothing: nobody reads it while awake       |
 /// | poisoned             | who found an impossible value                | both ends  | the channel is unusable either way         |
+/// | parks, wakes         | owner, on the slow path                      | `inspect`  | a count that stands still                  |
 ///
 /// **One truth about death**: an end is dead when its word says that it lives and its byte of the segment file is not
 /// locked. The sentry thread only looks when there is reason to; whoever enters looks, too.
@@ -90,8 +93,20 @@ struct end_entry {
   /// The boot in which the owner entered (`this_boot`): from another one, nothing but the count above means anything.
   std::atomic<std::uint64_t> boot_high{0};
   std::atomic<std::uint64_t> boot_low{0};
+
+  /// How often the owners of this end went to sleep, and how often they rang the peer. Counted where a system call is
+  /// made anyway, and behind what the peer reads at each look at an empty lane, in a cache line that it never reads.
+  alignas(64) std::atomic<std::uint64_t> parks{0};
+  std::atomic<std::uint64_t> wakes{0};
 };
 static_assert(sizeof(end_entry) == 2 * line_padding);
+static_assert(offsetof(end_entry, parks) == line_padding + 64);
+
+/// Counts one more in a word that only its owner writes.
+inline void count_one(std::atomic<std::uint64_t>& counter) noexcept {
+  // relaxed, and no read-modify-write: nobody else writes it, and nothing is concluded from it.
+  counter.store(counter.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+}
 
 /// The first page of a segment. Everything but the atomics is written before the segment has a name, and never again.
 struct segment_header {
@@ -325,6 +340,7 @@ bool endpoint::wait(Ready&& ready, std::optional<std::chrono::steady_clock::time
       take_back(own_word());
       return ready();
     }
+    count_one(own().parks);
     const std::int64_t asleep = now_ns();
     futex_sleep(own_word(), presence::thread_parked, deadline);
     take_back(own_word());
@@ -332,5 +348,107 @@ bool endpoint::wait(Ready&& ready, std::optional<std::chrono::steady_clock::time
     if (ready()) return true;
   }
 }
+
+/// What is under a channel's name, as far as it can be told.
+enum class channel_condition : std::uint8_t {
+  /// An end lives in it, or is just entering or leaving.
+  live,
+  /// A whole segment in which nobody lives: what a crash left, or messages for a receiver that has yet to come.
+  stale,
+  /// A segment of ours that is cut short, or whose fields do not agree with each other.
+  damaged,
+  /// A segment of another layout version of strait: nothing else is known of it, and it is never touched.
+  other_version,
+  /// A file that this user may not read: it may be a channel or not.
+  no_permission,
+};
+[[nodiscard]] constexpr std::string_view to_string(channel_condition c) noexcept {
+  switch (c) {
+    case channel_condition::live: return "live";
+    case channel_condition::stale: return "stale";
+    case channel_condition::damaged: return "damaged";
+    case channel_condition::other_version: return "other version";
+    case channel_condition::no_permission: return "no permission";
+  }
+  return "unknown";
+}
+
+/// One end of a channel, as others see it.
+struct end_state {
+  role which = role::sender;
+  /// Whether a process holds the end: the kernel's word. Everything below is what the segment says.
+  bool alive = false;
+  /// Empty when its word holds what no correct end writes. `dead`, too, when the process is gone and nobody noticed yet.
+  std::optional<presence> state;
+  /// The process that holds the end, or held it last, in its own PID namespace; 0 when nobody ever did.
+  std::uint32_t pid = 0;
+  /// How often the owners of this end went to sleep, and how often they rang the other end, since the segment was made.
+  std::uint64_t parks = 0;
+  std::uint64_t wakes = 0;
+};
+
+/// A channel between processes, as others see it.
+struct channel_state {
+  memory_name name;
+  channel_condition condition = channel_condition::live;
+  /// What was expected and what was found, where the condition is neither `live` nor `stale`. All below is then unknown.
+  std::string trouble;
+
+  /// Of the message type; empty when it has none. As the segment says it: any bytes but NUL.
+  std::string type;
+  std::uint32_t type_version = 0;
+  std::uint32_t message_bytes = 0;
+  std::uint32_t message_alignment = 0;
+  /// In messages.
+  std::uint64_t capacity = 0;
+  /// Messages sent and not yet released by the receiver, which releases an eighth of the ring at a time while it is busy.
+  std::uint64_t depth = 0;
+  /// Messages sent and released since the segment was made; `depth` is their difference, kept within `capacity`.
+  std::uint64_t sent = 0;
+  std::uint64_t taken = 0;
+  std::uint64_t segment_bytes = 0;
+  std::uint32_t creator_pid = 0;
+  store_load barrier = store_load::by_fence;
+  /// The channel is poisoned, or a word in it holds what no correct end writes.
+  bool corrupt = false;
+  /// Nobody lives in it because the sender has closed and the receiver has yet to come: its messages wait.
+  bool deposited = false;
+  /// By role.
+  std::array<end_state, role_count> ends{};
+};
+
+/// Looks at the named channel, changing nothing, whatever is in the segment.
+///
+/// The header is read, not mapped, so that a file that somebody cuts short meanwhile is no SIGBUS. It is not read at one
+/// instant: of a live channel each number is right, and two of them may be of different moments.
+///
+/// Waits: never. Cancel safety: nothing to cancel. Allocates: the result. Errors: `unknown_scheme`, `bad_name`,
+/// `foreign_segment`, `no_permission`, or the errno of the failing call: ENOENT when there is nothing. Complexity: a few
+/// system calls.
+[[nodiscard]] channel_state inspect(std::string_view name);
+
+/// Looks at every channel between processes on this machine, by name. What is not ours is left out, and so is what
+/// vanishes while we look; a file that this user may not read and that is large enough to be a channel is listed.
+///
+/// Waits: never. Cancel safety: nothing to cancel. Allocates: the result. Errors: the errno of the failing call when the
+/// names cannot be had. Complexity: a few system calls for each file in /dev/shm.
+[[nodiscard]] std::vector<channel_state> list_channels();
+
+/// What `remove_channel` takes away.
+enum class removal : std::uint8_t {
+  /// Any segment in which nobody lives.
+  any,
+  /// Only what a crash left: a whole segment, and not one whose messages wait for a receiver that has yet to come.
+  leftover,
+};
+
+/// Takes a channel's name away, and with it the segment, if nobody lives in it. Done with the gate held, so that nobody
+/// enters meanwhile.
+///
+/// Waits: at most a second, for an end that is entering or leaving. Cancel safety: nothing to cancel. Allocates: a
+/// little. Errors: `end_in_use` when an end lives in it, naming the processes; `version_mismatch` and `foreign_segment`,
+/// which are never touched; `layout_mismatch` when a `leftover` was asked for and it is none; `no_permission`; ENOENT when
+/// there is nothing; or the errno of the failing call. Complexity: a dozen system calls.
+void remove_channel(std::string_view name, removal which = removal::any);
 
 }  // namespace strait

@@ -30,7 +30,7 @@ enum class errc {
   layout_mismatch,
   /// The segment carries another message type.
   type_mismatch,
-  /// A living end already holds this role.
+  /// A living end already holds this role, or lives in the channel that is to be removed.
   end_in_use,
   /// The memory is not large enough for the segment.
   no_space,

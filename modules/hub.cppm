@@ -1,8 +1,14 @@
 module;
+#include <algorithm>
+#include <chrono>
+#include <coroutine>
+#include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <limits>
 export module strait.hub;
 
+import strait.error;
 export import strait.endpoint;
 
 /// The hub: what coroutines wait on. One lives in each Asio execution context, as a service of it, and needs no
@@ -38,6 +44,18 @@ struct hub_waiter {
   hub_waiter* next = nullptr;
 };
 
+/// One thing that waits for a time. It lives in the awaiter, and is on one hub at most.
+struct hub_timer {
+  /// When, in nanoseconds of `std::chrono::steady_clock`.
+  std::int64_t due = 0;
+  /// Goes on. Called once, by the turn, when the timer is on no hub any more; `self` may be gone when it returns.
+  void (*complete)(hub_timer& self) = nullptr;
+
+  hub* owner = nullptr;
+  /// Its place in the hub's heap.
+  std::size_t place = 0;
+};
+
 /// A coroutine that nobody awaits, and that the context destroys when it is destroyed itself.
 struct hub_root {
   void (*destroy)(hub_root& self) noexcept = nullptr;
@@ -63,6 +81,26 @@ class hub {
   /// Waits: for the slice of a turn that runs on another thread. Allocates: never. Complexity: constant.
   virtual bool withdraw(hub_waiter& waiter) noexcept = 0;
 
+  /// Has the turn complete `timer` when its time has come: within a slice beside traffic, through the reactor
+  /// otherwise.
+  ///
+  /// Waits: for the slice of a turn that runs on another thread. Allocates: when more timers wait than ever before.
+  /// Errors: `std::bad_alloc`. Complexity: logarithmic in how many wait.
+  virtual void wait_until(hub_timer& timer) = 0;
+  /// Takes the timer off, if it still waits; false: it does not.
+  ///
+  /// Waits: for the slice of a turn that runs on another thread. Allocates: never. Complexity: logarithmic.
+  virtual bool withdraw(hub_timer& timer) noexcept = 0;
+
+  /// Completes `waiter`, which is on no list, as the turn does: in place, and never beside a turn on another thread.
+  /// For handlers of the hub's own context, on the thread that runs them.
+  ///
+  /// Waits: for the slice of a turn that runs on another thread. Allocates: never. Errors: what leaves the coroutine.
+  virtual void resume(hub_waiter& waiter) = 0;
+
+  /// Whether the context is being destroyed: what waits is freed, and nothing of the context's may be asked to cancel.
+  [[nodiscard]] virtual bool ending() const noexcept = 0;
+
   /// From now on nothing but this hub uses the context (`false`), so a turn need not end for the sake of others; or
   /// something may (`true`, the first state).
   virtual void share(bool shared) noexcept = 0;
@@ -79,5 +117,84 @@ class hub {
   hub() = default;
   ~hub() = default;
 };
+
+/// The hub that a coroutine waits on: that of its task, or that of this thread.
+///
+/// Waits: never. Allocates: never. Errors: `no_hub` when there is none. Complexity: constant.
+template <class Promise>
+[[nodiscard]] hub& hub_to_wait_on(std::coroutine_handle<Promise> awaiting) {
+  hub* found = nullptr;
+  if constexpr (requires { awaiting.promise().environment(); }) {
+    found = static_cast<hub*>(awaiting.promise().environment());
+  }
+  if (found == nullptr) found = hub::current();
+  if (found == nullptr) {
+    fail(errc::no_hub,
+         "a coroutine has to wait: expected a strait::task or a thread of strait::runtime, found neither of them");
+  }
+  return *found;
+}
+
+/// Waits for a time. What `sleep_for` and `sleep_until` return.
+class [[nodiscard]] sleep_operation {
+ public:
+  explicit inline sleep_operation(std::int64_t due) noexcept { timer_.due = due; }
+  /// Moved only before it waits.
+  inline sleep_operation(sleep_operation&& other) noexcept { timer_.due = other.timer_.due; }
+  sleep_operation& operator=(sleep_operation&&) = delete;
+  inline ~sleep_operation() {
+    if (timer_.owner != nullptr) timer_.owner->withdraw(timer_);
+  }
+
+  [[nodiscard]] inline bool await_ready() const noexcept { return false; }
+  template <class Promise>
+  void await_suspend(std::coroutine_handle<Promise> awaiting) {
+    timer_.awaiting = awaiting;
+    timer_.complete = [](hub_timer& timer) { static_cast<sleeper&>(timer).awaiting.resume(); };
+    hub_to_wait_on(awaiting).wait_until(timer_);
+  }
+  inline void await_resume() const noexcept {}
+
+  /// When it ends, in nanoseconds of `std::chrono::steady_clock`.
+  [[nodiscard]] inline std::int64_t due() const noexcept { return timer_.due; }
+
+ private:
+  struct sleeper : hub_timer {
+    std::coroutine_handle<> awaiting;
+  };
+  sleeper timer_;
+};
+
+/// A length in nanoseconds, rounded up; from 0 to what `longest` is where it is less or more than that.
+template <class Rep, class Period>
+[[nodiscard]] std::int64_t nanoseconds_within(std::chrono::duration<Rep, Period> length, std::int64_t longest) {
+  // In floating point, because hours::max() in nanoseconds would overflow.
+  const double about = std::chrono::duration<double, std::nano>{length}.count();
+  if (!(about > 0)) return 0;
+  if (about >= static_cast<double>(longest)) return longest;
+  return std::chrono::ceil<std::chrono::nanoseconds>(length).count();
+}
+
+/// The latest time that anybody waits for.
+inline constexpr std::int64_t latest_due = std::numeric_limits<std::int64_t>::max() - 1;
+
+/// Suspends the coroutine for at least `length`. To be awaited; yields nothing. A length of zero lets everybody else
+/// who is ready have their turn.
+///
+/// Waits: in the hub, which sleeps meanwhile. Cancel safety: destroying the coroutine ends the wait. Allocates: when
+/// more sleep on this hub than ever before. Errors: `no_hub` in a coroutine that is neither a `task` nor on a thread of
+/// strait's; `std::bad_alloc`. Complexity: logarithmic in how many sleep on this hub.
+template <class Rep, class Period>
+[[nodiscard]] sleep_operation sleep_for(std::chrono::duration<Rep, Period> length) {
+  const std::int64_t now = now_ns();
+  return sleep_operation{now + nanoseconds_within(length, latest_due - now)};
+}
+
+/// Suspends the coroutine until `when`, or for no longer than its turn takes to come where that has passed. Everything
+/// else as for `sleep_for`.
+template <class Duration>
+[[nodiscard]] sleep_operation sleep_until(std::chrono::time_point<std::chrono::steady_clock, Duration> when) {
+  return sleep_operation{nanoseconds_within(when.time_since_epoch(), latest_due)};
+}
 
 }  // namespace strait

@@ -8,6 +8,7 @@ module;
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 export module strait.memory;
 
 /// Segments: where the shared words live, how they come into being at once, and the locks that tell who is alive.
@@ -184,5 +185,43 @@ enum class verdict : std::uint8_t {
 
 /// Takes the name away if it still names the segment behind `locks`. The gate must be held.
 void remove_name(const memory_name& name, const file_locks& locks) noexcept;
+
+/// A file where named segments lie.
+struct named_file {
+  memory_name name;
+  std::uint64_t size = 0;
+};
+
+/// Every file that may be a named segment, by name.
+///
+/// Waits: never. Allocates: the names. Errors: the errno of the failing call. Complexity: a system call a file.
+[[nodiscard]] std::vector<named_file> named_files();
+
+/// A named segment that is looked at and not entered.
+struct segment_look {
+  /// The file, open. Holds no lock, but for the gate where `remove_segment` made this.
+  file_locks locks;
+  /// The first bytes of the file, as many as were asked for and are there.
+  std::vector<std::byte> header;
+  /// Of the file.
+  std::uint64_t size = 0;
+  /// Whether somebody else was entering or leaving before anything else was looked at.
+  bool gate_held = false;
+};
+
+/// Looks at what is under the name, changing nothing.
+///
+/// Waits: never. Allocates: the header. Errors: `foreign_segment` for what is no file, `no_permission`, or the errno of
+/// the failing call. Complexity: half a dozen system calls.
+[[nodiscard]] segment_look look_at_segment(const memory_name& name, std::size_t header_bytes);
+
+/// Takes a segment's name away. `examine` throws when it is not to be removed; it is called before the gate is taken,
+/// because a foreign file's locks are not ours to take, and again with the gate held.
+///
+/// Waits: at most a second, for an end that is entering or leaving. Allocates: the header. Errors: what `examine` throws,
+/// `end_in_use` when the gate is not to be had, `foreign_segment` for what is no file, `no_permission`, or the errno of
+/// the failing call. Complexity: a dozen system calls.
+void remove_segment(const memory_name& name, std::size_t header_bytes,
+                    const std::function<void(const segment_look& look)>& examine);
 
 }  // namespace strait

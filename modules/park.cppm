@@ -6,6 +6,7 @@ module;
 #include <cstdint>
 #include <mutex>
 #include <optional>
+#include <string_view>
 #include <thread>
 export module strait.park;
 
@@ -47,6 +48,18 @@ enum class presence : std::uint32_t {
 /// Whether a word that was read from shared memory is one of these.
 [[nodiscard]] constexpr bool is_presence(std::uint32_t word) noexcept {
   return word <= static_cast<std::uint32_t>(presence::dead);
+}
+
+[[nodiscard]] constexpr std::string_view to_string(presence p) noexcept {
+  switch (p) {
+    case presence::vacant: return "vacant";
+    case presence::awake: return "awake";
+    case presence::thread_parked: return "thread_parked";
+    case presence::hub_parked: return "hub_parked";
+    case presence::closed: return "closed";
+    case presence::dead: return "dead";
+  }
+  return "corrupt";
 }
 
 /// How the StoreLoad order between a publication and the read of the presence word is had. Fixed when a channel is

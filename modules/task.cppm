@@ -3,8 +3,10 @@ module;
 #include <cstddef>
 #include <exception>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 #include <utility>
+#include <variant>
 export module strait.task;
 
 // Whoever writes a coroutine needs these names, and an importer would otherwise be told to include <coroutine>.
@@ -155,6 +157,248 @@ task<T> task_promise<T>::get_return_object() noexcept {
 
 inline task<void> task_promise<void>::get_return_object() noexcept {
   return task<void>{std::coroutine_handle<task_promise>::from_promise(*this)};
+}
+
+/// Coroutines that run beside whoever started them, and are destroyed with this object: what `task_group` and
+/// `when_all` have in common. Used by one thread at a time, as everything that runs on one hub is.
+class task_siblings {
+ public:
+  task_siblings() = default;
+  task_siblings(const task_siblings&) = delete;
+  task_siblings& operator=(const task_siblings&) = delete;
+  inline ~task_siblings() { destroy_all(); }
+
+  /// What a call of start() learns of the coroutine that it runs.
+  struct first_step {
+    bool ended = false;
+    std::exception_ptr error;
+  };
+
+  /// The coroutine around a task: it tells the siblings of its end, and frees itself.
+  struct member {
+    struct promise_type {
+      static inline void* operator new(std::size_t bytes) { return allocate_frame(bytes); }
+      static inline void operator delete(void* frame) noexcept { free_frame(frame); }
+
+      inline member get_return_object() noexcept { return {std::coroutine_handle<promise_type>::from_promise(*this)}; }
+      [[nodiscard]] inline std::suspend_always initial_suspend() const noexcept { return {}; }
+      struct last_step {
+        [[nodiscard]] inline bool await_ready() const noexcept { return false; }
+        [[nodiscard]] inline std::coroutine_handle<> await_suspend(
+            std::coroutine_handle<promise_type> ended) const noexcept {
+          task_siblings& siblings = *ended.promise().siblings;
+          first_step* const within = ended.promise().within;
+          std::exception_ptr error = std::move(ended.promise().error);
+          siblings.unlink(ended.promise());
+          ended.destroy();
+          if (within == nullptr) return siblings.one_ended(std::move(error));
+          within->ended = true;
+          within->error = std::move(error);
+          return std::noop_coroutine();
+        }
+        inline void await_resume() const noexcept {}
+      };
+      [[nodiscard]] inline last_step final_suspend() const noexcept { return {}; }
+      inline void return_void() const noexcept {}
+      inline void unhandled_exception() noexcept { error = std::current_exception(); }
+      /// Handed down to everything that the task awaits; see task_promise_base.
+      [[nodiscard]] inline void* environment() const noexcept { return environment_of_starter; }
+
+      task_siblings* siblings = nullptr;
+      promise_type* previous = nullptr;
+      promise_type* next = nullptr;
+      void* environment_of_starter = nullptr;
+      /// Null once it has suspended.
+      first_step* within = nullptr;
+      std::exception_ptr error;
+    };
+    std::coroutine_handle<promise_type> frame;
+  };
+
+  /// Runs the coroutine until it suspends for the first time. Throws what leaves it before that: whoever waits for the
+  /// siblings must not go on, and destroy them, beneath one of them that starts another.
+  inline void start(member one, void* environment) {
+    auto& promise = one.frame.promise();
+    promise.siblings = this;
+    promise.environment_of_starter = environment;
+    promise.previous = last_;
+    (last_ != nullptr ? last_->next : first_) = &promise;
+    last_ = &promise;
+    ++running_;
+    first_step step;
+    promise.within = &step;
+    one.frame.resume();
+    if (!step.ended) {
+      promise.within = nullptr;
+    } else if (step.error) {
+      std::rethrow_exception(step.error);
+    }
+  }
+
+  [[nodiscard]] inline std::size_t running() const noexcept { return running_; }
+  [[nodiscard]] inline bool failed() const noexcept { return error_ != nullptr; }
+  /// Whether nobody has to wait: all have ended, or one has failed.
+  [[nodiscard]] inline bool settled() const noexcept { return running_ == 0 || failed(); }
+
+  /// Who goes on when they are settled; null: nobody.
+  inline void resume_when_settled(std::coroutine_handle<> waiting) noexcept { waiting_ = waiting; }
+
+  /// After the wait: destroys who has not ended and throws what the first that failed threw.
+  inline void throw_if_failed() {
+    if (!error_) return;
+    destroy_all();
+    std::rethrow_exception(std::exchange(error_, nullptr));
+  }
+
+  inline void destroy_all() noexcept {
+    while (first_ != nullptr) {
+      promise_type& one = *last_;  // the youngest first, as everywhere
+      unlink(one);
+      std::coroutine_handle<promise_type>::from_promise(one).destroy();
+    }
+  }
+
+ private:
+  using promise_type = member::promise_type;
+
+  inline void unlink(promise_type& one) noexcept {
+    (one.previous != nullptr ? one.previous->next : first_) = one.next;
+    (one.next != nullptr ? one.next->previous : last_) = one.previous;
+    --running_;
+  }
+
+  /// Who goes on.
+  [[nodiscard]] inline std::coroutine_handle<> one_ended(std::exception_ptr error) noexcept {
+    if (error && !error_) error_ = std::move(error);
+    if (!waiting_ || !settled()) return std::noop_coroutine();
+    return std::exchange(waiting_, nullptr);
+  }
+
+  promise_type* first_ = nullptr;
+  promise_type* last_ = nullptr;
+  std::size_t running_ = 0;
+  std::coroutine_handle<> waiting_;
+  std::exception_ptr error_;
+};
+
+/// Tasks that run beside each other and beside whoever started them, for as long as this object lives.
+///
+///     strait::task_group sessions;
+///     while (auto request = co_await requests.recv()) sessions.spawn(serve(*request));
+///     co_await sessions.join();
+///
+/// All of them run where the task runs that owns the group. Destroying the group, for instance because an exception
+/// leaves its task, destroys those that have not ended: no task outlives it.
+class task_group {
+ public:
+  task_group() = default;
+
+  /// Starts a task now, and returns when it suspends for the first time or has ended; also from one of the group. After
+  /// the first error of the group nothing is started any more.
+  ///
+  /// Waits: never. Allocates: one frame. Errors: `std::bad_alloc`, and what leaves the task before it suspends for the
+  /// first time; what leaves it later is thrown by `join`. Complexity: constant.
+  inline void spawn(task<> what) {
+    if (siblings_.failed()) return;
+    siblings_.start(run(std::move(what)), nullptr);
+  }
+
+  /// How many tasks have not ended.
+  [[nodiscard]] inline std::size_t size() const noexcept { return siblings_.running(); }
+
+  /// Destroys all tasks that have not ended, youngest first; what they wait for takes nothing. Not from one of them.
+  ///
+  /// Waits: never. Allocates: never. Errors: none. Complexity: linear.
+  inline void cancel() noexcept { siblings_.destroy_all(); }
+
+  class [[nodiscard]] join_operation {
+   public:
+    explicit inline join_operation(task_siblings& siblings) noexcept : siblings_{&siblings} {}
+    join_operation(const join_operation&) = delete;
+    join_operation& operator=(const join_operation&) = delete;
+    inline ~join_operation() { siblings_->resume_when_settled(nullptr); }
+    [[nodiscard]] inline bool await_ready() const noexcept { return siblings_->settled(); }
+    inline void await_suspend(std::coroutine_handle<> awaiting) const noexcept {
+      siblings_->resume_when_settled(awaiting);
+    }
+    inline void await_resume() const { siblings_->throw_if_failed(); }
+
+   private:
+    task_siblings* siblings_;
+  };
+
+  /// Waits until all tasks have ended, or one has failed: then it destroys the others and throws that error. To be
+  /// awaited by one task at a time. The group may be used again.
+  ///
+  /// Waits: as the tasks do. Cancel safety: the tasks go on, and it may be awaited again. Allocates: never. Errors: the
+  /// first that left a task. Complexity: constant.
+  [[nodiscard]] inline join_operation join() noexcept { return join_operation{siblings_}; }
+
+ private:
+  static inline task_siblings::member run(task<> what) { co_await std::move(what); }
+
+  task_siblings siblings_;
+};
+
+/// What a task yields in the tuple of `when_all`.
+template <class T>
+using result_in_tuple = std::conditional_t<std::is_void_v<T>, std::monostate, T>;
+
+/// Tasks that are awaited together. What `when_all` returns.
+template <class... Ts>
+class [[nodiscard]] when_all_operation {
+ public:
+  explicit when_all_operation(task<Ts>... tasks) noexcept : tasks_{std::move(tasks)...} {}
+  /// Moved only before it is awaited.
+  when_all_operation(when_all_operation&& other) noexcept : tasks_{std::move(other.tasks_)} {}
+  when_all_operation& operator=(when_all_operation&&) = delete;
+
+  [[nodiscard]] bool await_ready() const noexcept { return sizeof...(Ts) == 0; }
+  template <class Promise>
+  bool await_suspend(std::coroutine_handle<Promise> awaiting) {
+    void* environment = nullptr;
+    if constexpr (requires { awaiting.promise().environment(); }) environment = awaiting.promise().environment();
+    start_all(environment, std::index_sequence_for<Ts...>{});
+    if (siblings_.settled()) return false;
+    siblings_.resume_when_settled(awaiting);
+    return true;
+  }
+  std::tuple<result_in_tuple<Ts>...> await_resume() {
+    siblings_.throw_if_failed();
+    return std::apply([](auto&... results) { return std::tuple<result_in_tuple<Ts>...>{std::move(*results)...}; },
+                      results_);
+  }
+
+ private:
+  template <std::size_t... Is>
+  void start_all([[maybe_unused]] void* environment, std::index_sequence<Is...>) {
+    (siblings_.start(run(std::get<Is>(tasks_), std::get<Is>(results_)), environment), ...);
+  }
+
+  template <class T>
+  static task_siblings::member run(task<T>& what, std::optional<result_in_tuple<T>>& into) {
+    if constexpr (std::is_void_v<T>) {
+      co_await what;
+      into.emplace();
+    } else {
+      into.emplace(co_await what);
+    }
+  }
+
+  // Destroyed in the opposite order: the siblings hold on to both others.
+  std::tuple<task<Ts>...> tasks_;
+  std::tuple<std::optional<result_in_tuple<Ts>>...> results_;
+  task_siblings siblings_;
+};
+
+/// Runs the tasks beside each other, each until it suspends for the first time before the next begins. To be awaited;
+/// yields a tuple of what they returned, with `std::monostate` for those that return nothing.
+///
+/// Waits: as the tasks do. Cancel safety: destroying it destroys the tasks. Allocates: one frame for each. Errors: the
+/// first that leaves a task is thrown, at once, after those that have not ended were destroyed. Complexity: linear.
+template <class... Ts>
+[[nodiscard]] when_all_operation<Ts...> when_all(task<Ts>... tasks) {
+  return when_all_operation<Ts...>{std::move(tasks)...};
 }
 
 }  // namespace strait

@@ -18,6 +18,7 @@ module;
 #include <string_view>
 #include <system_error>
 #include <utility>
+#include <vector>
 module strait.endpoint;
 
 namespace strait {
@@ -130,6 +131,16 @@ bool of_this_boot(const end_entry& entry) noexcept {
          entry.boot_low.load(std::memory_order_relaxed) == boot.low;
 }
 
+/// Whether a sender that closed left messages for a receiver that is yet to come; see close().
+bool holds_a_deposit(const segment_header& header) noexcept {
+  // relaxed, all of them: a copy of our own.
+  const auto presence_of = [&](role r) {
+    return static_cast<presence>(header.ends[static_cast<std::size_t>(r)].presence.load(std::memory_order_relaxed));
+  };
+  return presence_of(role::sender) == presence::closed && presence_of(role::receiver) == presence::vacant &&
+         header.lane.tail.load(std::memory_order_relaxed) != header.lane.head.load(std::memory_order_relaxed);
+}
+
 /// Declares the end dead if it looks alive and nobody holds its lock. The gate must be held.
 bool declare_if_dead(segment_header& header, role who, const file_locks& locks) noexcept {
   end_entry& entry = header.ends[static_cast<std::size_t>(who)];
@@ -229,15 +240,10 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     segment_header header{};
     checked_size(channel, bytes, header);
     const bool inhabited = locks.held_by_other(byte_of(role::sender)) || locks.held_by_other(byte_of(role::receiver));
-    const auto presence_of = [&](role r) {
-      return static_cast<presence>(header.ends[static_cast<std::size_t>(r)].presence.load(std::memory_order_relaxed));
-    };
     const bool whole = size >= header.segment_bytes;
     const bool sound = words_are_sound(header, inhabited);
-    // See close(): a sender left these for a receiver that is yet to come. None can take them from a broken segment.
-    const bool deposited =
-        whole && sound && presence_of(role::sender) == presence::closed && presence_of(role::receiver) == presence::vacant &&
-        header.lane.tail.load(std::memory_order_relaxed) != header.lane.head.load(std::memory_order_relaxed);
+    // From a broken segment nobody can take messages.
+    const bool deposited = whole && sound && holds_a_deposit(header);
     // What a crash left is no obstacle to whoever may create; an end that lives decides what the channel is. What is
     // meant to outlive its ends is no leftover but the user's.
     const bool leftover = !inhabited && !deposited && !made->name_.outlives_its_ends();
@@ -389,8 +395,10 @@ void endpoint::close() noexcept {
 
 void endpoint::ring(presence parked) noexcept {
   if (parked == presence::thread_parked) {
+    count_one(own().wakes);
     futex_wake(peer_word());
   } else if (parked == presence::hub_parked) {
+    count_one(own().wakes);
     const end_entry& them = peer();
     // relaxed: the owner wrote them before it announced, and the claim acquired the announcement.
     const process_identity owner{them.process_high.load(std::memory_order_relaxed),
@@ -484,11 +492,128 @@ void endpoint::announce_hub(std::uint64_t doorbell_number) {
 bool endpoint::hub_sleeps() noexcept {
   if (hub_waits_on_futex_) {
     relay_->arm();
-    return true;
+  } else if (!private_ && peer().incarnation.load(std::memory_order_relaxed) != announced_to_) {
+    // relaxed: behind the announcement's barrier. A peer that entered before it is seen here; one that enters after it
+    // takes the announcement back in vain, but then its predecessor has rung, or died, which the sentry tells.
+    return false;
   }
-  // relaxed: behind the announcement's barrier. A peer that entered before it is seen here; one that enters after it
-  // takes the announcement back in vain, but then its predecessor has rung, or died, which the sentry tells.
-  return private_ || peer().incarnation.load(std::memory_order_relaxed) == announced_to_;
+  count_one(own().parks);
+  return true;
+}
+
+namespace {
+
+/// What the look at a segment tells; throws `foreign_segment` when it is none of ours.
+channel_state judge(const memory_name& name, const segment_look& look) {
+  channel_state state;
+  state.name = name;
+  segment_header header{};
+  try {
+    checked_size(name.text(), look.header, header);
+    if (look.size < header.segment_bytes) {
+      fail(errc::truncated_segment, name.text() + ": expected a segment of " + std::to_string(header.segment_bytes) +
+                                        " bytes, found " + std::to_string(look.size));
+    }
+  } catch (const std::system_error& error) {
+    if (error.code() == errc::foreign_segment) throw;
+    state.condition =
+        error.code() == errc::version_mismatch ? channel_condition::other_version : channel_condition::damaged;
+    state.trouble = error.what();
+    return state;
+  }
+  bool inhabited = false;
+  for (const role r : {role::sender, role::receiver}) {
+    const end_entry& entry = header.ends[static_cast<std::size_t>(r)];
+    end_state& end = state.ends[static_cast<std::size_t>(r)];
+    end.which = r;
+    end.alive = look.locks.held_by_other(byte_of(r));
+    inhabited = inhabited || end.alive;
+    // relaxed, all of them: a copy of our own.
+    const std::uint32_t word = entry.presence.load(std::memory_order_relaxed);
+    if (is_presence(word)) {
+      end.state = !end.alive && looks_alive(word) ? presence::dead : static_cast<presence>(word);
+    }
+    end.pid = entry.pid.load(std::memory_order_relaxed);
+    end.parks = entry.parks.load(std::memory_order_relaxed);
+    end.wakes = entry.wakes.load(std::memory_order_relaxed);
+  }
+  // Who enters takes its own lock before it leaves the gate. The gate was looked at first: had it been looked at last, an
+  // end that entered in between would have been missed in both places.
+  state.condition = inhabited || look.gate_held ? channel_condition::live : channel_condition::stale;
+  state.type = name_in(header);
+  state.type_version = header.message_version;
+  state.message_bytes = header.message_bytes;
+  state.message_alignment = header.message_alignment;
+  state.capacity = header.capacity;
+  state.segment_bytes = header.segment_bytes;
+  state.creator_pid = header.creator_pid;
+  state.barrier = header.barrier;
+  state.sent = header.lane.tail.load(std::memory_order_relaxed);
+  state.taken = header.lane.head.load(std::memory_order_relaxed);
+  // The cursors of a live channel are not of one instant: the difference may come out beyond both bounds.
+  const std::uint64_t difference = state.sent - state.taken;
+  if (difference <= state.capacity) {
+    state.depth = difference;
+  } else {
+    state.depth = static_cast<std::int64_t>(difference) < 0 ? 0 : state.capacity;
+  }
+  state.corrupt = !words_are_sound(header, state.condition == channel_condition::live);
+  state.deposited = state.condition == channel_condition::stale && !state.corrupt && holds_a_deposit(header);
+  return state;
+}
+
+}  // namespace
+
+channel_state inspect(std::string_view name) {
+  const memory_name parsed = parse_memory_name(name);
+  return judge(parsed, look_at_segment(parsed, sizeof(segment_header)));
+}
+
+std::vector<channel_state> list_channels() {
+  std::vector<channel_state> found;
+  for (auto& [name, size] : named_files()) {
+    try {
+      found.push_back(judge(name, look_at_segment(name, sizeof(segment_header))));
+    } catch (const std::system_error& error) {
+      if (error.code() == errc::no_permission) {
+        if (size < sizeof(segment_header)) continue;  // a semaphore, for instance
+        channel_state& state = found.emplace_back();
+        state.name = std::move(name);
+        state.condition = channel_condition::no_permission;
+        state.trouble = error.what();
+      } else if (error.code() != errc::foreign_segment && error.code() != std::errc::no_such_file_or_directory) {
+        throw;
+      }
+    }
+  }
+  return found;
+}
+
+void remove_channel(std::string_view name, removal which) {
+  const memory_name parsed = parse_memory_name(name);
+  const std::string channel = parsed.text();
+  const auto refuse_unless_removable = [&](const segment_look& look) {
+    const channel_state state = judge(parsed, look);
+    if (state.condition == channel_condition::other_version) fail(errc::version_mismatch, state.trouble);
+    std::string living;
+    for (const role r : {role::sender, role::receiver}) {
+      // Asked of the kernel once more, because of a damaged segment nothing else is known.
+      if (!look.locks.held_by_other(byte_of(r))) continue;
+      const std::uint32_t pid = state.ends[static_cast<std::size_t>(r)].pid;
+      living += (living.empty() ? "" : " and ") + std::string{"its "} + std::string{to_string(r)} + " in process " +
+                (pid != 0 ? std::to_string(pid) : std::string{"unknown"});
+    }
+    if (!living.empty()) {
+      fail(errc::end_in_use, channel + ": expected a channel in which nobody lives, found " + living);
+    }
+    if (which == removal::any || state.condition == channel_condition::live) return;
+    if (state.condition == channel_condition::damaged) fail(errc::layout_mismatch, state.trouble);
+    if (state.deposited) {
+      fail(errc::layout_mismatch, channel + ": expected what a crash left, found " + std::to_string(state.depth) +
+                                      " messages for a receiver that has yet to come");
+    }
+  };
+  remove_segment(parsed, sizeof(segment_header), refuse_unless_removable);
 }
 
 }  // namespace strait

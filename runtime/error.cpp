@@ -23,7 +23,7 @@ class category final : public std::error_category {
       case errc::version_mismatch: return "the segment has another layout version";
       case errc::layout_mismatch: return "the segment was made with another layout or other options";
       case errc::type_mismatch: return "the segment carries another message type";
-      case errc::end_in_use: return "a living end already holds this role";
+      case errc::end_in_use: return "a living end is in the way";
       case errc::no_space: return "not enough memory for the segment";
       case errc::no_barrier: return "the kernel refuses the channel's memory barrier";
       case errc::no_hub: return "no hub to resume the waiting coroutine";

@@ -7,11 +7,14 @@ module;
 #include <asio/posix/stream_descriptor.hpp>
 #include <asio/post.hpp>
 #include <asio/prefer.hpp>
+#include <asio/steady_timer.hpp>
 #include <asio/strand.hpp>
 #include <asio/thread_pool.hpp>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <limits>
@@ -20,6 +23,7 @@ module;
 #include <system_error>
 #include <typeinfo>
 #include <utility>
+#include <vector>
 module strait.hub;
 
 namespace strait {
@@ -105,6 +109,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
       executor_ = asio::prefer(without_strand(executor), asio::execution::outstanding_work.untracked);
       // Now, because Asio may open a reactor for it: when it is time to park there may be no descriptors left.
       bell_wait_.emplace(executor_, bell_.descriptor());
+      alarm_.emplace(executor_);
     });
   }
 
@@ -135,6 +140,37 @@ class asio_hub final : public asio::execution_context::service, public hub {
     if ((waiters_.empty() || waits_for(*waiter.end)) && make_resident()) post_turn();
     return true;
   }
+
+  void wait_until(hub_timer& timer) override {
+    const auto lock = lock_unless_turning();
+    timers_.push_back(&timer);
+    move_up(timer, timers_.size() - 1);
+    timer.owner = this;
+    appended_ = true;
+    if (turning_hub != this && make_resident()) post_turn();
+  }
+
+  bool withdraw(hub_timer& timer) noexcept override {
+    const auto lock = lock_unless_turning();
+    if (timer.owner != this) return false;
+    remove(timer);
+    // The reactor's timer must not keep the context's run() from returning when nobody sleeps any more.
+    if (timers_.empty() && alarm_due_ != forever && make_resident()) post_turn();
+    return true;
+  }
+
+  void resume(hub_waiter& waiter) override {
+    if (turning_hub == this) {
+      waiter.complete(waiter);
+    } else {
+      turn(&waiter);
+    }
+  }
+
+  // Written by shutdown, which runs when nothing else of the context does.
+  [[nodiscard]] bool ending() const noexcept override { return ended_; }
+
+  [[nodiscard]] const asio::any_io_executor& executor() const noexcept { return executor_; }
 
   void share(bool shared) noexcept override {
     // relaxed: a turn that misses the change for a moment ends at its next look at the clock.
@@ -181,6 +217,9 @@ class asio_hub final : public asio::execution_context::service, public hub {
       if (waiter->abandon != nullptr) waiter->abandon(*waiter);
       absorb_inbox();  // what a destructor began
     }
+    // Of coroutines that outlive the context.
+    while (!timers_.empty()) remove(*timers_.back());
+    alarm_.reset();
     if (bell_wait_) {
       bell_wait_->release();  // the descriptor is the doorbell's
       bell_wait_.reset();
@@ -189,6 +228,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   void append(hub_waiter& waiter) noexcept {
     waiters_.push_back(waiter);
+    appended_ = true;
     if (waiter.end == nullptr || ended_) return;
     const std::int64_t longest = waiter.end->longest_spin();
     if (longest > longest_spin_) {
@@ -213,6 +253,87 @@ class asio_hub final : public asio::execution_context::service, public hub {
     if (cursor_ == &waiter) cursor_ = waiter.next;
     waiters_.remove(waiter);
     waiter.owner = nullptr;
+  }
+
+  void put(hub_timer& timer, std::size_t place) noexcept {
+    timers_[place] = &timer;
+    timer.place = place;
+  }
+
+  /// Puts the timer at `place` or as far above it as it belongs.
+  void move_up(hub_timer& timer, std::size_t place) noexcept {
+    for (; place != 0; place = (place - 1) / 2) {
+      hub_timer& above = *timers_[(place - 1) / 2];
+      if (above.due <= timer.due) break;
+      put(above, place);
+    }
+    put(timer, place);
+  }
+
+  /// Puts the timer at `place` or as far below it as it belongs.
+  void move_down(hub_timer& timer, std::size_t place) noexcept {
+    for (;;) {
+      std::size_t below = 2 * place + 1;
+      if (below >= timers_.size()) break;
+      if (below + 1 < timers_.size() && timers_[below + 1]->due < timers_[below]->due) ++below;
+      if (timer.due <= timers_[below]->due) break;
+      put(*timers_[below], place);
+      place = below;
+    }
+    put(timer, place);
+  }
+
+  void remove(hub_timer& timer) noexcept {
+    const std::size_t place = timer.place;
+    hub_timer& last = *timers_.back();
+    timers_.pop_back();
+    if (&last != &timer) {
+      move_down(last, place);
+      move_up(last, last.place);
+    }
+    timer.owner = nullptr;
+  }
+
+  [[nodiscard]] bool timer_due(std::int64_t now) const noexcept {
+    return !timers_.empty() && timers_.front()->due <= now;
+  }
+
+  /// Completes timers whose time has come, but no more than a pass does.
+  void ring_timers(std::int64_t now) {
+    for (int completed = 0;
+         completed < completions_between_clocks && timer_due(now) && !failed_.load(std::memory_order_relaxed);
+         ++completed) {
+      hub_timer& timer = *timers_.front();
+      remove(timer);
+      timer.complete(timer);
+    }
+  }
+
+  /// Has the reactor wake the hub when the first timer is due.
+  void set_alarm() {
+    const std::int64_t due = timers_.empty() ? forever : timers_.front()->due;
+    if (due == alarm_due_) return;
+    ++alarming_;  // the handler of an alarm that is replaced must not count as this one's
+    alarm_due_ = forever;
+    if (due == forever) {
+      alarm_->cancel();
+      return;
+    }
+    alarm_->expires_at(std::chrono::steady_clock::time_point{std::chrono::nanoseconds{due}});
+    alarm_->async_wait([this, alarming = alarming_](const std::error_code& error) { alarmed(error, alarming); });
+    alarm_due_ = due;  // not if the call above found no memory
+  }
+
+  /// The first timer is due.
+  void alarmed(const std::error_code& error, std::uint64_t alarming) {
+    {
+      // As for rung().
+      const auto lock = lock_unless_turning();
+      if (alarming != alarming_) return;
+      alarm_due_ = forever;
+      if (error) return;
+    }
+    if (make_resident()) turn();
   }
 
   void absorb_inbox() noexcept {
@@ -246,20 +367,30 @@ class asio_hub final : public asio::execution_context::service, public hub {
     asio::post(executor_, [this] { turn(); });
   }
 
-  void turn() {
+  /// The turn that the resident state stands for. With `first`: completes that, as a turn would; and then is that turn
+  /// only if it left something to wait for and no turn is on its way.
+  void turn(hub_waiter* first = nullptr) {
     std::exception_ptr error;
     {
       const std::lock_guard lock{mutex_};
+      bool resident = first == nullptr;
       hub* const outer_current = std::exchange(current_hub, this);
       hub* const outer_turning = std::exchange(turning_hub, this);
       try {
-        wake_up();
-        run_slice();
+        if (first != nullptr) {
+          appended_ = false;
+          first->complete(*first);
+          resident = appended_ && make_resident();
+        }
+        if (resident) {
+          wake_up();
+          run_slice();
+        }
       } catch (...) {
         // A handler threw: that is for whoever called run(), as with every other handler. The hub goes on.
         error = std::current_exception();
         cursor_ = nullptr;
-        post_turn();
+        if (resident || make_resident()) post_turn();
       }
       turning_hub = outer_turning;
       current_hub = outer_current;
@@ -315,6 +446,14 @@ class asio_hub final : public asio::execution_context::service, public hub {
     int completions = 0;
     for (;;) {
       absorb_inbox();
+      // No clock of their own: `last` is as old as a few looks or completions.
+      if (timer_due(last)) {
+        ring_timers(last);
+        last = now_ns();
+        if (!leave(shared, last - began)) continue;
+        post_turn();
+        return;
+      }
       if (const int completed = pass(); completed != 0) {
         if (idle_looks_ >= looks_between_clocks) spin_.answered();
         idle_looks_ = 0;
@@ -387,6 +526,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
       armed_ = false;
       bell_wait_->cancel();
     }
+    set_alarm();
     return rest(hub_state::idle);
   }
 
@@ -441,6 +581,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
                              [this, arming = ++arming_](const std::error_code& error) { rung(error, arming); });
       armed_ = true;  // not if the call above found no memory
     }
+    set_alarm();
     if (rest(hub_state::parked)) return true;
     take_back_all();
     return false;
@@ -488,6 +629,15 @@ class asio_hub final : public asio::execution_context::service, public hub {
   bool armed_ = false;
   std::uint64_t arming_ = 0;
 
+  /// Who sleeps: a binary heap, the first to wake at its front.
+  std::vector<hub_timer*> timers_;
+  std::optional<asio::steady_timer> alarm_;
+  /// When the reactor wakes the hub; forever: it does not.
+  std::int64_t alarm_due_ = forever;
+  std::uint64_t alarming_ = 0;
+  /// Whether something began to wait since this was false.
+  bool appended_ = false;
+
   std::mutex roots_mutex_;
   intrusive_list<hub_root> roots_;
   /// What left a coroutine of ours; the turn ends and throws it.
@@ -507,6 +657,12 @@ extern "C++" hub& hub_of(const asio::any_io_executor& executor) {
   auto& found = asio::use_service<asio_hub>(asio::query(executor, asio::execution::context));
   found.use(executor);
   return found;
+}
+
+// Of no module either. Whoever asks for the executor may use it, so the reactor must have its turns from now on.
+extern "C++" asio::any_io_executor executor_of(hub& of) {
+  of.share(true);
+  return static_cast<asio_hub&>(of).executor();
 }
 
 }  // namespace strait

@@ -1,4 +1,5 @@
 module;
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/mempolicy.h>
@@ -19,6 +20,7 @@ module;
 #include <ctime>
 #include <filesystem>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <set>
@@ -156,6 +158,17 @@ struct ::flock byte_lock(short type, std::uint64_t byte) {
   lock.l_start = static_cast<off_t>(byte);
   lock.l_len = 1;
   return lock;
+}
+
+/// Removes the name from the directory; that it is gone already is no error.
+void take_name_away(const memory_name& name, ::uid_t owner, const std::string& purpose) {
+  const std::string path = name.path();
+  if (::unlink(path.c_str()) == 0 || errno == ENOENT) return;
+  const int error = errno;
+  const std::string what = name.text() + ": expected " + purpose + " at " + path + ", found a file of user " +
+                           std::to_string(owner) + " that user " + std::to_string(::geteuid()) + " may not remove";
+  if (error == EACCES || error == EPERM) fail(errc::no_permission, what);
+  fail_errno(error, what);
 }
 
 bool still_named(const std::string& path, int descriptor) noexcept {
@@ -544,14 +557,7 @@ segment open_segment(const memory_name& name, open_mode mode, const segment_plan
     const auto size = static_cast<std::uint64_t>(file.st_size);
     const verdict judged = examine(seen, size, found.locks);
     if (judged == verdict::replace) {
-      if (::unlink(path.c_str()) != 0 && errno != ENOENT) {
-        const int error = errno;
-        const std::string what = name.text() + ": expected to replace what a crash left at " + path + ", found a file of user " +
-                                 std::to_string(file.st_uid) + " that user " + std::to_string(::geteuid()) +
-                                 " may not remove";
-        if (error == EACCES || error == EPERM) fail(errc::no_permission, what);
-        fail_errno(error, what);
-      }
+      take_name_away(name, file.st_uid, "to replace what a crash left");
       continue;
     }
     if (mode == open_mode::create) {
@@ -572,6 +578,90 @@ segment open_segment(const memory_name& name, open_mode mode, const segment_plan
 void remove_name(const memory_name& name, const file_locks& locks) noexcept {
   const std::string path = name.path();
   if (still_named(path, locks.descriptor())) ::unlink(path.c_str());
+}
+
+namespace {
+
+/// Opens what is under the name, to be looked at; throws when it is no file.
+segment_look open_to_look(const memory_name& name, int access) {
+  const std::string path = name.path();
+  segment_look look;
+  // O_NOFOLLOW and O_NONBLOCK: as in open_segment.
+  look.locks = file_locks{path.c_str(), access | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0};
+  if (look.locks.descriptor() < 0) fail_to_open(name, path, errno);
+  struct ::stat file{};
+  if (::fstat(look.locks.descriptor(), &file) != 0) fail_errno(errno, name.text() + ": looking at " + path);
+  if (!S_ISREG(file.st_mode)) {
+    fail(errc::foreign_segment,
+         name.text() + ": expected a regular file at " + path + ", found " + kind_of(file.st_mode));
+  }
+  return look;
+}
+
+/// Reads the beginning and the size. Returns whose file it is.
+::uid_t read_beginning(const memory_name& name, std::size_t header_bytes, segment_look& look) {
+  look.header.resize(header_bytes);
+  const ::ssize_t got = ::pread(look.locks.descriptor(), look.header.data(), header_bytes, 0);
+  if (got < 0) fail_errno(errno, name.text() + ": reading the header of " + name.path());
+  look.header.resize(static_cast<std::size_t>(got));
+  struct ::stat file{};
+  if (::fstat(look.locks.descriptor(), &file) != 0) fail_errno(errno, name.text() + ": looking at " + name.path());
+  look.size = static_cast<std::uint64_t>(file.st_size);
+  return file.st_uid;
+}
+
+}  // namespace
+
+std::vector<named_file> named_files() {
+  const std::string directory{shm_directory};
+  struct closer {
+    void operator()(::DIR* open) const noexcept { ::closedir(open); }
+  };
+  const std::unique_ptr<::DIR, closer> listing{::opendir(directory.c_str())};
+  if (!listing) fail_errno(errno, "opening " + directory);
+  std::vector<named_file> files;
+  for (;;) {
+    errno = 0;
+    const ::dirent* entry = ::readdir(listing.get());
+    if (entry == nullptr) break;
+    struct ::stat file{};
+    // What has vanished since is not there; a link, a FIFO or a directory is no segment.
+    if (::fstatat(::dirfd(listing.get()), entry->d_name, &file, AT_SYMLINK_NOFOLLOW) != 0) continue;
+    if (!S_ISREG(file.st_mode)) continue;
+    files.push_back({{memory_scheme::posix, entry->d_name}, static_cast<std::uint64_t>(file.st_size)});
+  }
+  if (errno != 0) fail_errno(errno, "reading " + directory);
+  std::ranges::sort(files, {}, [](const named_file& file) -> const std::string& { return file.name.name; });
+  return files;
+}
+
+segment_look look_at_segment(const memory_name& name, std::size_t header_bytes) {
+  segment_look look = open_to_look(name, O_RDONLY);
+  look.gate_held = look.locks.held_by_other(gate_byte);
+  read_beginning(name, header_bytes, look);
+  return look;
+}
+
+void remove_segment(const memory_name& name, std::size_t header_bytes,
+                    const std::function<void(const segment_look&)>& examine) {
+  for (;;) {
+    // For writing: only then may the gate be locked.
+    segment_look look = open_to_look(name, O_RDWR);
+    look.gate_held = look.locks.held_by_other(gate_byte);
+    read_beginning(name, header_bytes, look);
+    examine(look);
+    // Entering and leaving take microseconds; who is at the gate for longer is stopped there, and lives.
+    if (!look.locks.lock_within(gate_byte, std::chrono::seconds{1})) {
+      fail(errc::end_in_use,
+           name.text() + ": expected a channel in which nobody lives, found somebody who is entering or leaving");
+    }
+    if (!still_named(name.path(), look.locks.descriptor())) continue;  // look at what is there now, if anything
+    look.gate_held = false;
+    const ::uid_t owner = read_beginning(name, header_bytes, look);
+    examine(look);
+    take_name_away(name, owner, "to remove what nobody uses");
+    return;
+  }
 }
 
 }  // namespace strait

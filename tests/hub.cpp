@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <asio/bind_cancellation_slot.hpp>
 #include <asio/bind_executor.hpp>
@@ -1054,4 +1055,232 @@ TEST_CASE("an asio::awaitable on a strand is cancelled at any moment: nothing is
   CHECK(wrong == 0);
   CHECK(expected == cancelled_messages);
   CHECK(cancelled > 0);
+}
+
+// ---- sleeping ------------------------------------------------------------------------------------------------------
+
+namespace {
+
+strait::task<> sleep_and_note(std::chrono::nanoseconds length, int name, std::vector<int>& woken) {
+  co_await strait::sleep_for(length);
+  woken.push_back(name);
+}
+
+owned_coroutine sleep_alone(std::chrono::nanoseconds length, int name, std::vector<int>& woken) {
+  co_await strait::sleep_for(length);
+  woken.push_back(name);
+}
+
+}  // namespace
+
+TEST_CASE("run() goes on while somebody sleeps, and who sleeps less wakes first") {
+  asio::io_context context{1};
+  std::vector<int> woken;
+  const auto began = std::chrono::steady_clock::now();
+  strait::spawn(context, sleep_and_note(std::chrono::milliseconds{60}, 3, woken));
+  strait::spawn(context, sleep_and_note(std::chrono::milliseconds{20}, 1, woken));
+  strait::spawn(context, sleep_and_note(std::chrono::milliseconds{40}, 2, woken));
+  strait::spawn(context, sleep_and_note(std::chrono::milliseconds{-1}, 0, woken));
+  context.run();
+  CHECK(std::chrono::steady_clock::now() - began >= std::chrono::milliseconds{60});
+  CHECK(woken.size() == 4);
+  CHECK(woken.back() == 3);
+  CHECK(woken.front() == 0);
+  // And once more with the same hub.
+  context.restart();
+  strait::spawn(context, sleep_and_note(std::chrono::milliseconds{1}, 4, woken));
+  context.run();
+  CHECK(woken.back() == 4);
+}
+
+TEST_CASE("of a thousand sleepers every third is destroyed, and the others wake in order") {
+  using std::chrono::steady_clock;
+  asio::io_context context{1};
+  std::mt19937 random{7};
+  std::vector<int> lengths;
+  std::vector<int> woken;
+  std::vector<std::optional<owned_coroutine>> sleepers(1'000);
+  for (auto& one : sleepers) {
+    // Long past: they are all due when the first has its turn, and only their order is left to see.
+    lengths.push_back(static_cast<int>(random() % 500));
+    one.emplace([](steady_clock::time_point when, int length, std::vector<int>& list) -> owned_coroutine {
+      co_await strait::sleep_until(when);
+      list.push_back(length);
+    }(steady_clock::time_point{std::chrono::microseconds{lengths.back()}}, lengths.back(), woken));
+  }
+  strait::spawn(context, [](std::vector<std::optional<owned_coroutine>>& all) -> strait::task<> {
+    for (auto& one : all) one->resume();
+    for (std::size_t i = 0; i < all.size(); i += 3) all[i].reset();
+    co_return;
+  }(sleepers));
+  context.run();
+  std::vector<int> expected;
+  for (std::size_t i = 0; i < lengths.size(); ++i) {
+    if (i % 3 != 0) expected.push_back(lengths[i]);
+  }
+  std::sort(expected.begin(), expected.end());
+  CHECK(woken == expected);
+}
+
+TEST_CASE("a sleeper has its turn beside a channel that is never empty") {
+  for (const bool shared : {true, false}) {
+    CAPTURE(shared);
+    asio::io_context context{1};
+    strait::hub_of(context.get_executor()).share(shared);
+    auto [tx, rx] = strait::make_channel<message>({.capacity = 16});
+    bool woken = false;
+    const auto produce = [](strait::sender<message> to, const bool& stop) -> strait::task<> {
+      message next = 0;
+      while (!stop) co_await to.send(next++);
+    };
+    std::atomic<message> got{0};
+    strait::spawn(context, produce(std::move(tx), woken));
+    strait::spawn(context, count_all(rx, got));
+    strait::spawn(context, [](bool& flag) -> strait::task<> {
+      for (int i = 0; i < 20; ++i) co_await strait::sleep_for(std::chrono::microseconds{100});
+      flag = true;
+    }(woken));
+    context.run();
+    CHECK(got > 0);
+  }
+}
+
+TEST_CASE("a sleeper wakes a hub that is parked for a channel, and the channel one that only sleeps") {
+  for (const auto wait : {strait::wait_policy::adaptive, strait::wait_policy::park}) {
+    asio::io_context context{1};
+    watched_channel<message> channel{{.capacity = 16, .wait = wait}};
+    std::atomic<message> got{0};
+    std::atomic<bool> slept{false};
+    strait::spawn(context, count_all(channel.rx, got));
+    strait::spawn(context, [](std::atomic<bool>& flag) -> strait::task<> {
+      co_await strait::sleep_for(std::chrono::milliseconds{20});
+      flag = true;
+    }(slept));
+    runner thread{context};
+    REQUIRE(eventually([&] { return slept.load(); }));
+    REQUIRE(eventually([&] { return thread.sleeps_with(*channel.receiver_word); }));
+    channel.tx.blocking_send(0);
+    REQUIRE(eventually([&] { return got == 1; }));
+    // From another thread, while an hour's sleep is the only thing that the hub waits for.
+    asio::io_context sleeping{1};
+    std::optional<owned_coroutine> hour;
+    std::vector<int> woken;
+    hour.emplace(sleep_alone(std::chrono::hours{1}, 1, woken));
+    strait::spawn(sleeping, [](owned_coroutine& one) -> strait::task<> {
+      one.resume();
+      co_return;
+    }(*hour));
+    runner other{sleeping};
+    watched_channel<message> late{{.capacity = 4, .wait = wait}};
+    std::atomic<message> late_got{0};
+    strait::spawn(sleeping, count_all(late.rx, late_got));
+    late.tx.blocking_send(0);
+    REQUIRE(eventually([&] { return late_got == 1; }));
+    late.tx.close();
+    // Destroyed where its context runs: then nothing is left to run for.
+    asio::post(sleeping, [&] { hour.reset(); });
+    other.join();
+    CHECK(woken.empty());
+    channel.tx.close();
+  }
+}
+
+TEST_CASE("run() returns when the last sleeper is destroyed, within a turn and without") {
+  for (const bool in_turn : {true, false}) {
+    CAPTURE(in_turn);
+    asio::io_context context{1};
+    std::vector<int> woken;
+    std::optional<owned_coroutine> first;
+    std::optional<owned_coroutine> last;
+    first.emplace(sleep_alone(std::chrono::hours{1}, 1, woken));
+    last.emplace(sleep_alone(std::chrono::nanoseconds::max(), 2, woken));
+    strait::spawn(context, [](owned_coroutine& one, owned_coroutine& two) -> strait::task<> {
+      one.resume();
+      two.resume();
+      co_return;
+    }(*first, *last));
+    context.poll();
+    CHECK_FALSE(context.stopped());
+    first.reset();
+    if (in_turn) {
+      strait::spawn(context, [](std::optional<owned_coroutine>& one) -> strait::task<> {
+        one.reset();
+        co_return;
+      }(last));
+    } else {
+      last.reset();
+    }
+    context.run();
+    CHECK(woken.empty());
+  }
+}
+
+TEST_CASE("a sleep longer than the clock can tell is as long as it can tell") {
+  CHECK(strait::sleep_for(std::chrono::hours::max()).due() == strait::latest_due);
+  CHECK(strait::sleep_until(std::chrono::steady_clock::time_point::max()).due() == strait::latest_due);
+  CHECK(strait::sleep_until(std::chrono::steady_clock::time_point::min()).due() == 0);
+}
+
+TEST_CASE("a context may be destroyed while tasks sleep, and before who sleeps") {
+  int living = 0;
+  std::vector<int> woken;
+  std::optional<owned_coroutine> outlives;
+  {
+    asio::io_context context{1};
+    for (int i = 0; i < 3; ++i) {
+      strait::spawn(context, [](int& count) -> strait::task<> {
+        const counted here{count};
+        co_await strait::sleep_for(std::chrono::hours{1});
+      }(living));
+    }
+    outlives.emplace(sleep_alone(std::chrono::hours{1}, 1, woken));
+    strait::spawn(context, [](owned_coroutine& one) -> strait::task<> {
+      one.resume();
+      co_return;
+    }(*outlives));
+    context.poll();
+    CHECK(living == 3);
+  }
+  CHECK(living == 0);
+  outlives.reset();
+  CHECK(woken.empty());
+}
+
+TEST_CASE("sleeping on the workers of a runtime, and in a context that several threads run") {
+  std::atomic<int> ended{0};
+  const auto nap = [](std::atomic<int>& count) -> strait::task<> {
+    for (int i = 0; i < 20; ++i) co_await strait::sleep_for(std::chrono::microseconds{200});
+    ++count;
+  };
+  {
+    strait::runtime rt;
+    for (int i = 0; i < 8; ++i) rt.spawn(nap(ended));
+    rt.join();
+  }
+  CHECK(ended == 8);
+  asio::thread_pool pool{3};
+  for (int i = 0; i < 8; ++i) strait::spawn(pool.get_executor(), nap(ended));
+  pool.join();
+  CHECK(ended == 16);
+}
+
+TEST_CASE("a sleep of no length lets the others have their turn") {
+  asio::io_context context{1};
+  bool stop = false;
+  bool slept = false;
+  strait::spawn(context, [](const bool& end, bool& flag) -> strait::task<> {
+    while (!end) {
+      co_await strait::sleep_for(std::chrono::seconds{0});
+      flag = true;
+    }
+  }(stop, slept));
+  strait::spawn(context, [](bool& end, const bool& other) -> strait::task<> {
+    while (!other) co_await strait::sleep_until(std::chrono::steady_clock::now());
+    end = true;
+  }(stop, slept));
+  bool handled = false;
+  asio::post(context, [&] { handled = true; });
+  context.run();
+  CHECK(slept);
+  CHECK(handled);
 }

@@ -372,7 +372,9 @@ TEST_CASE("an executor that is asked for while a worker spins or is busy gets it
     done = true;
     ran.set_value(std::this_thread::get_id());
   });
-  CHECK(ran.get_future().get() != std::this_thread::get_id());
+  std::future<std::thread::id> there = ran.get_future();
+  REQUIRE(there.wait_for(std::chrono::seconds{30}) == std::future_status::ready);
+  CHECK(there.get() != std::this_thread::get_id());
   rt.stop();
 }
 

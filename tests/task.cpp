@@ -9,7 +9,10 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <tuple>
+#include <type_traits>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "coroutines.hpp"
@@ -30,6 +33,9 @@ strait::task<std::unique_ptr<int>> boxed(int value) {
 strait::task<int> fails() {
   throw std::runtime_error{"from the task"};
   co_return 0;
+}
+strait::task<> does_nothing() {
+  co_return;
 }
 strait::task<> fails_without_value() {
   throw std::logic_error{"nothing to return"};
@@ -267,4 +273,231 @@ TEST_CASE("frames may be freed by another thread, and outlive the heap they came
   CHECK(living == 1);
   suspended.reset();
   CHECK(living == 0);
+}
+
+// ---- tasks beside each other ----------------------------------------------------------------------------------------
+
+namespace {
+
+strait::task<int> after(gate& at, int value) {
+  co_await at;
+  co_return value;
+}
+strait::task<> note_after(gate& at, int name, std::vector<int>& ended) {
+  co_await at;
+  ended.push_back(name);
+}
+strait::task<> fail_after(gate& at) {
+  co_await at;
+  throw std::runtime_error{"after the gate"};
+}
+strait::task<> live_at(gate& at, int& living) {
+  const counted here{living};
+  co_await at;
+}
+
+}  // namespace
+
+TEST_CASE("when_all begins all of its tasks and yields what each returned") {
+  gate first;
+  gate second;
+  bool done = false;
+  const owned_coroutine driver = drive([](gate& one, gate& two, bool& end) -> strait::task<> {
+    const auto [a, nothing, b, c] = co_await strait::when_all(after(one, 1), does_nothing(), boxed(3), after(two, 4));
+    static_assert(std::is_same_v<decltype(nothing), const std::monostate>);
+    CHECK(a == 1);
+    REQUIRE(b != nullptr);
+    CHECK(*b == 3);
+    CHECK(c == 4);
+    end = true;
+  }(first, second, done));
+  driver.resume();
+  REQUIRE(first.waiting);
+  REQUIRE(second.waiting);
+  second.waiting.resume();
+  CHECK_FALSE(done);
+  first.waiting.resume();
+  CHECK(done);
+  CHECK(driver.done());
+}
+
+TEST_CASE("when_all of tasks that need not wait, and of none, does not suspend") {
+  run([]() -> strait::task<> {
+    const auto [a, b] = co_await strait::when_all(answer(), text("x"));
+    CHECK(a == 42);
+    CHECK(b == "xx");
+    const std::tuple<> none = co_await strait::when_all();
+    (void)none;
+  }());
+}
+
+TEST_CASE("the first error of when_all destroys the others and is thrown at once") {
+  for (const bool at_once : {false, true}) {
+    CAPTURE(at_once);
+    gate stop;
+    gate never;
+    int living = 0;
+    std::string caught;
+    const owned_coroutine driver =
+        drive([](bool now, gate& at, gate& other, int& count, std::string& what) -> strait::task<> {
+          try {
+            if (now) {
+              co_await strait::when_all(live_at(other, count), fails_without_value(), live_at(other, count));
+            } else {
+              co_await strait::when_all(live_at(other, count), fail_after(at));
+            }
+          } catch (const std::exception& error) {
+            CHECK(count == 0);
+            what = error.what();
+          }
+        }(at_once, stop, never, living, caught));
+    driver.resume();
+    if (!at_once) {
+      CHECK(living == 1);
+      stop.waiting.resume();
+    }
+    CHECK(caught == (at_once ? "nothing to return" : "after the gate"));
+    CHECK(living == 0);
+    CHECK(driver.done());
+  }
+}
+
+TEST_CASE("destroying a task that waits in when_all destroys all of them") {
+  gate stop;
+  int living = 0;
+  {
+    const owned_coroutine driver = drive([](gate& at, int& count) -> strait::task<> {
+      co_await strait::when_all(live_at(at, count), live_at(at, count));
+    }(stop, living));
+    driver.resume();
+    CHECK(living == 2);
+  }
+  CHECK(living == 0);
+}
+
+TEST_CASE("a group runs its tasks beside its owner, and join waits for all, also for those that they start") {
+  gate first;
+  gate second;
+  gate third;
+  std::vector<int> ended;
+  bool joined = false;
+  const owned_coroutine driver =
+      drive([](gate& one, gate& two, gate& three, std::vector<int>& list, bool& end) -> strait::task<> {
+        strait::task_group group;
+        group.spawn(note_after(one, 1, list));
+        group.spawn([](strait::task_group& in, gate& at, gate& then, std::vector<int>& names) -> strait::task<> {
+          co_await at;
+          in.spawn(note_after(then, 3, names));
+        }(group, two, three, list));
+        group.spawn(does_nothing());
+        CHECK(group.size() == 2);
+        co_await group.join();
+        CHECK(group.size() == 0);
+        co_await group.join();  // nothing to wait for
+        end = true;
+      }(first, second, third, ended, joined));
+  driver.resume();
+  first.waiting.resume();
+  second.waiting.resume();
+  CHECK_FALSE(joined);
+  REQUIRE(third.waiting);
+  third.waiting.resume();
+  CHECK(joined);
+  CHECK(ended == std::vector<int>{1, 3});
+}
+
+TEST_CASE("the first error of a group destroys the others, is thrown by join, and leaves the group usable") {
+  gate first;
+  gate second;
+  gate never;
+  int living = 0;
+  std::string caught;
+  const owned_coroutine driver =
+      drive([](gate& one, gate& two, gate& other, int& count, std::string& what) -> strait::task<> {
+        strait::task_group group;
+        group.spawn(live_at(other, count));
+        group.spawn(fail_after(one));
+        group.spawn(live_at(other, count));
+        try {
+          co_await group.join();
+        } catch (const std::runtime_error& error) {
+          what = error.what();
+        }
+        CHECK(count == 0);
+        CHECK(group.size() == 0);
+        // One that fails before join is awaited.
+        group.spawn(live_at(other, count));
+        group.spawn(fail_after(one));
+        co_await two;
+        CHECK(count == 1);
+        group.spawn(live_at(other, count));  // too late
+        CHECK(count == 1);
+        what.clear();
+        try {
+          co_await group.join();
+        } catch (const std::runtime_error& error) {
+          what = error.what();
+        }
+        CHECK(count == 0);
+      }(first, second, never, living, caught));
+  driver.resume();
+  CHECK(living == 2);
+  first.waiting.resume();
+  CHECK(caught == "after the gate");
+  first.waiting.resume();
+  second.waiting.resume();
+  CHECK(caught == "after the gate");
+  CHECK(driver.done());
+}
+
+TEST_CASE("what leaves a task before it suspends is thrown by spawn, and is no error of the group") {
+  run([]() -> strait::task<> {
+    strait::task_group group;
+    std::string caught;
+    try {
+      group.spawn(fails_without_value());
+    } catch (const std::logic_error& error) {
+      caught = error.what();
+    }
+    CHECK(caught == "nothing to return");
+    co_await group.join();
+  }());
+}
+
+TEST_CASE("cancelling or destroying a group destroys its tasks") {
+  gate stop;
+  gate waits;
+  int living = 0;
+  {
+    const owned_coroutine driver = drive([](gate& at, gate& own, int& count) -> strait::task<> {
+      strait::task_group group;
+      group.spawn(live_at(at, count));
+      group.spawn(live_at(at, count));
+      CHECK(count == 2);
+      group.cancel();
+      CHECK(count == 0);
+      co_await group.join();
+      group.spawn(live_at(at, count));
+      group.spawn(live_at(at, count));
+      co_await own;
+    }(stop, waits, living));
+    driver.resume();
+    CHECK(living == 2);
+  }
+  CHECK(living == 0);
+}
+
+TEST_CASE("join that is destroyed while it waits leaves the tasks alone") {
+  gate stop;
+  std::vector<int> ended;
+  strait::task_group group;
+  group.spawn(note_after(stop, 1, ended));
+  {
+    const owned_coroutine driver = drive([](strait::task_group& of) -> strait::task<> { co_await of.join(); }(group));
+    driver.resume();
+    CHECK_FALSE(driver.done());
+  }
+  stop.waiting.resume();
+  CHECK(ended == std::vector<int>{1});
+  CHECK(group.size() == 0);
 }

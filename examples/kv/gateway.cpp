@@ -85,6 +85,7 @@ class gateway {
 
 /// Throws when the engine ends before it has said that it is ready.
 asio::awaitable<void> wait_until_ready(const child& engine) {
+  // A descriptor of its own, because Asio closes what it was given, and `engine` will, too.
   asio::posix::stream_descriptor output(co_await asio::this_coro::executor, ::dup(engine.output()));
   char first = 0;
   co_await output.async_read_some(asio::buffer(&first, 1), asio::use_awaitable);
@@ -152,7 +153,9 @@ asio::awaitable<void> gateway::send_requests() {
   std::vector<slot> batch;
   try {
     while (co_await queue_.pop_all(batch)) co_await requests_.send_many(batch);
-    if (!engine_died_) requests_.close();  // which the engine takes for the end
+    // Which the engine takes for the end. After its death there is nobody to tell, and run_gateway says why our ends
+    // stay open until the kernel has cleared the engine away.
+    if (!engine_died_) requests_.close();
   } catch (const std::exception&) {
     // The engine is gone. receive_replies is told the same, after the last reply, and takes care of it.
   }
@@ -173,7 +176,7 @@ asio::awaitable<void> gateway::receive_replies() {
   } catch (const std::exception& error) {
     how = error.what();
   }
-  if (!engine_died_) replies_.close();
+  if (!engine_died_) replies_.close();  // otherwise as in send_requests
   if (!stopping_) engine_is_gone(how);
   signals_.cancel();
 }

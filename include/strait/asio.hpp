@@ -10,6 +10,7 @@
 #include <asio/associated_executor.hpp>
 #include <asio/async_result.hpp>
 #include <asio/awaitable.hpp>
+#include <asio/cancellation_signal.hpp>
 #include <asio/cancellation_type.hpp>
 #include <asio/dispatch.hpp>
 #include <asio/error.hpp>
@@ -19,11 +20,16 @@
 #include <asio/recycling_allocator.hpp>
 #include <asio/system_executor.hpp>
 #include <asio/use_awaitable.hpp>
+#include <atomic>
 #include <coroutine>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
 #include <memory>
 #include <new>
 #include <optional>
 #include <system_error>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -38,6 +44,12 @@ namespace strait {
 /// Waits: never. Allocates: at the first call. Errors: `std::system_error` when no eventfd can be had. Complexity: a
 /// search among the context's services.
 [[nodiscard]] hub& hub_of(const asio::any_io_executor& executor);
+
+/// The executor of the hub's context, without its strand if there was one: for everything of Asio that is to live
+/// there.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
+[[nodiscard]] asio::any_io_executor executor_of(hub& of);
 
 /// An executor of the node's next worker: for sockets, timers and everything else of Asio that is to live there.
 ///
@@ -282,4 +294,262 @@ template <class Executor, class T, class U>
   return asio::awaitable<awaited<operation>, Executor>{operation{to, T(std::forward<U>(message)), {}}};
 }
 
+/// What `this_executor` is.
+struct this_executor_t {
+  class awaiter {
+   public:
+    [[nodiscard]] bool await_ready() const noexcept { return false; }
+    /// Never suspends: only here the promise is at hand.
+    template <class Promise>
+    bool await_suspend(std::coroutine_handle<Promise> awaiting) {
+      hub_ = &hub_to_wait_on(awaiting);
+      return false;
+    }
+    [[nodiscard]] asio::any_io_executor await_resume() const { return executor_of(*hub_); }
+
+   private:
+    hub* hub_ = nullptr;
+  };
+  [[nodiscard]] awaiter operator co_await() const noexcept { return {}; }
+};
+
+/// `co_await strait::this_executor` in a task: the executor of the context that runs it, for sockets and timers of its
+/// own.
+///
+/// Waits: never. Allocates: never. Errors: `no_hub` in a coroutine that is neither a `task` nor on a thread of
+/// strait's. Complexity: constant.
+inline constexpr this_executor_t this_executor{};
+
+/// What `use_op(error)` is: `use_op`, with errors set instead of thrown.
+struct use_op_into_t {
+  std::error_code* error;
+};
+
+/// What `use_op` is.
+struct use_op_t {
+  /// Has the operation's error set, to zero when all went well, instead of thrown. `error` must live until then.
+  [[nodiscard]] constexpr use_op_into_t operator()(std::error_code& error) const noexcept { return {&error}; }
+};
+
+/// The completion token by which a `strait::task` awaits any operation of Asio:
+///
+///     const std::size_t n = co_await socket.async_read_some(buffer, strait::use_op);
+///
+/// Yields what the operation completes with, after a leading `std::error_code` or `std::exception_ptr`, which is
+/// thrown: nothing, the value, or a tuple of several. The operation begins when it is awaited, and the coroutine goes
+/// on in its own context, in place where the operation completes there.
+///
+/// Waits: in the reactor of the operation's I/O object. Cancel safety: destroying the coroutine cancels the operation
+/// (`terminal`) where it supports that, and its completion then touches nothing of the coroutine's. Until a context is
+/// destroyed its I/O objects outlive who waits for them; and in a context that several threads run, an operation
+/// composed of several is not destroyed while it waits. Allocates: one small block from where frames come from, and
+/// what the operation does. Errors: the operation's; `no_hub` in a coroutine that is neither a `task` nor on a thread
+/// of strait's. Complexity: constant.
+inline constexpr use_op_t use_op{};
+
+namespace detail {
+
+/// What an operation of Asio and the coroutine that waits for it have in common, so that each may outlive the other.
+///
+/// | phase     | entered by                                        | and then                                    |
+/// |-----------|---------------------------------------------------|---------------------------------------------|
+/// | beginning | the awaiter, which calls the initiation           |                                             |
+/// | waiting   | the awaiter, when the initiation has returned     | the coroutine is suspended                  |
+/// | done      | the handler: within the initiation, else in a turn | the coroutine goes on                      |
+/// | abandoned | the awaiter, destroyed                            | the handler only drops what it holds        |
+template <class... Results>
+class op_state final : public hub_waiter {
+ public:
+  explicit op_state(hub& where, std::coroutine_handle<> awaiting) noexcept : where_{&where}, awaiting_{awaiting} {
+    complete = [](hub_waiter& self) {
+      auto& me = static_cast<op_state&>(self);
+      // The coroutine may have been destroyed while the handler waited for the turn. relaxed: in turns only.
+      if (me.phase_.load(std::memory_order_relaxed) != phase::waiting) return;
+      me.phase_.store(phase::done, std::memory_order_relaxed);
+      me.awaiting_.resume();
+    };
+  }
+  static void* operator new(std::size_t bytes) { return allocate_frame(bytes); }
+  static void operator delete(void* block) noexcept { free_frame(block); }
+
+  [[nodiscard]] hub& where() const noexcept { return *where_; }
+  [[nodiscard]] asio::cancellation_slot slot() noexcept { return signal_.slot(); }
+
+  /// The initiation has returned. False: the operation is complete already, and nobody resumes the coroutine.
+  [[nodiscard]] bool began() noexcept {
+    phase found = phase::beginning;
+    // acquire: the results, which another thread may have left.
+    return phase_.compare_exchange_strong(found, phase::waiting, std::memory_order_acquire);
+  }
+  /// By the handler, which keeps this object until it returns.
+  template <class... Arguments>
+  void completed(Arguments&&... results) {
+    results_.emplace(std::forward<Arguments>(results)...);
+    phase found = phase::beginning;
+    // release: the results; see began().
+    if (phase_.compare_exchange_strong(found, phase::done, std::memory_order_release, std::memory_order_relaxed))
+      return;
+    where_->resume(*this);
+  }
+  /// By the awaiter: nobody waits any more.
+  void abandoned() noexcept {
+    // relaxed: in turns only, or when no thread runs the context.
+    const bool waits = phase_.exchange(phase::abandoned, std::memory_order_relaxed) == phase::waiting;
+    // Where the handler is gone nothing is left to cancel, and in a context that ends it will be: its I/O objects may
+    // be gone, and with them what the operation's cancellation looks at. acquire: what the handler's thread did with
+    // this object has happened.
+    if (waits && references_.load(std::memory_order_acquire) > 1 && !where_->ending()) {
+      signal_.emit(asio::cancellation_type::terminal);
+    }
+  }
+  [[nodiscard]] std::tuple<Results...>& results() noexcept { return *results_; }
+
+  void release() noexcept {
+    // acq_rel: whoever frees it has seen all that the other did with it.
+    if (references_.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
+  }
+
+ private:
+  enum class phase : std::uint8_t { beginning, waiting, done, abandoned };
+
+  hub* where_;
+  std::coroutine_handle<> awaiting_;
+  asio::cancellation_signal signal_;
+  std::optional<std::tuple<Results...>> results_;
+  std::atomic<phase> phase_{phase::beginning};
+  /// The awaiter's and the handler's.
+  std::atomic<std::uint32_t> references_{2};
+};
+
+/// The completion handler. Its executor is the hub's, so that whatever the operation does for it, and the end, happen
+/// there.
+template <class... Results>
+class op_handler {
+ public:
+  using executor_type = asio::any_io_executor;
+  using cancellation_slot_type = asio::cancellation_slot;
+
+  explicit op_handler(op_state<Results...>& state) noexcept : state_{&state} {}
+  op_handler(op_handler&& other) noexcept = default;
+  op_handler& operator=(op_handler&& other) noexcept = default;
+
+  [[nodiscard]] executor_type get_executor() const noexcept { return executor_of(state_->where()); }
+  [[nodiscard]] cancellation_slot_type get_cancellation_slot() const noexcept { return state_->slot(); }
+
+  template <class... Arguments>
+  void operator()(Arguments&&... results) {
+    const auto state = std::move(state_);
+    state->completed(std::forward<Arguments>(results)...);
+  }
+
+ private:
+  struct releaser {
+    void operator()(op_state<Results...>* state) const noexcept { state->release(); }
+  };
+  std::unique_ptr<op_state<Results...>, releaser> state_;
+};
+
+/// Whether the first result of an operation tells that it failed.
+template <class... Results>
+inline constexpr bool first_tells_error = false;
+template <class... Rest>
+inline constexpr bool first_tells_error<std::error_code, Rest...> = true;
+template <class... Rest>
+inline constexpr bool first_tells_error<std::exception_ptr, Rest...> = true;
+
+/// An operation of Asio that a coroutine awaits.
+template <class Initiation, class Signature, class... Arguments>
+class op_awaiter;
+template <class Initiation, class... Results, class... Arguments>
+class [[nodiscard]] op_awaiter<Initiation, void(Results...), Arguments...> {
+ public:
+  template <class I, class... A>
+  explicit op_awaiter(std::error_code* error, I&& initiation, A&&... arguments)
+      : initiation_{std::forward<I>(initiation)}, arguments_{std::forward<A>(arguments)...}, error_{error} {}
+  /// Moved only before it is awaited.
+  op_awaiter(op_awaiter&& other)
+      : initiation_{std::move(other.initiation_)}, arguments_{std::move(other.arguments_)}, error_{other.error_} {}
+  op_awaiter& operator=(op_awaiter&&) = delete;
+  ~op_awaiter() {
+    if (state_ == nullptr) return;
+    state_->abandoned();
+    state_->release();
+  }
+
+  [[nodiscard]] bool await_ready() const noexcept { return false; }
+
+  template <class Promise>
+  bool await_suspend(std::coroutine_handle<Promise> awaiting) {
+    auto* state = new state_type{hub_to_wait_on(awaiting), awaiting};
+    state_ = state;
+    // From here on the handler owns its share, also when the initiation throws.
+    op_handler<std::decay_t<Results>...> handler{*state};
+    std::apply([&](Arguments&... arguments) { std::move(initiation_)(std::move(handler), std::move(arguments)...); },
+               arguments_);
+    // A completion on another thread waits for the turn that this one is in.
+    return state->began();
+  }
+
+  auto await_resume() {
+    auto& results = state_->results();
+    if constexpr (first_tells_error<std::decay_t<Results>...>) {
+      auto& failure = std::get<0>(results);
+      if constexpr (std::is_same_v<std::decay_t<decltype(failure)>, std::error_code>) {
+        if (error_ != nullptr) {
+          *error_ = failure;
+        } else if (failure) {
+          throw std::system_error{failure};
+        }
+      } else if (failure) {
+        std::rethrow_exception(failure);
+      }
+      return std::apply([](auto&, auto&... rest) { return yield(rest...); }, results);
+    } else {
+      return std::apply([](auto&... all) { return yield(all...); }, results);
+    }
+  }
+
+ private:
+  using state_type = op_state<std::decay_t<Results>...>;
+
+  template <class... Values>
+  static auto yield(Values&... values) {
+    if constexpr (sizeof...(Values) == 1) {
+      return (std::move(values), ...);
+    } else if constexpr (sizeof...(Values) > 1) {
+      return std::tuple<Values...>{std::move(values)...};
+    }
+  }
+
+  Initiation initiation_;
+  std::tuple<Arguments...> arguments_;
+  std::error_code* error_;
+  state_type* state_ = nullptr;
+};
+
+}  // namespace detail
+
 }  // namespace strait
+
+/// How Asio begins an operation for `use_op`: not yet, only when it is awaited.
+template <class... Results>
+class asio::async_result<strait::use_op_t, void(Results...)> {
+ public:
+  template <class Initiation, class... Arguments>
+  static auto initiate(Initiation&& initiation, strait::use_op_t, Arguments&&... arguments) {
+    return strait::detail::op_awaiter<std::decay_t<Initiation>, void(Results...), std::decay_t<Arguments>...>{
+        nullptr, std::forward<Initiation>(initiation), std::forward<Arguments>(arguments)...};
+  }
+};
+
+/// The same for `use_op(error)`.
+template <class... Results>
+  requires std::is_same_v<std::tuple_element_t<0, std::tuple<Results..., void>>, std::error_code>
+class asio::async_result<strait::use_op_into_t, void(Results...)> {
+ public:
+  template <class Initiation, class... Arguments>
+  static auto initiate(Initiation&& initiation, strait::use_op_into_t into, Arguments&&... arguments) {
+    return strait::detail::op_awaiter<std::decay_t<Initiation>, void(Results...), std::decay_t<Arguments>...>{
+        into.error, std::forward<Initiation>(initiation), std::forward<Arguments>(arguments)...};
+  }
+};

@@ -1,0 +1,63 @@
+# What `cmake --install` puts where, and the Debian package of the same: `cpack -G DEB` (docs/consuming.md).
+include(GNUInstallDirs)
+include(CMakePackageConfigHelpers)
+
+set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/strait)
+set_target_properties(strait PROPERTIES EXPORT_NAME strait)
+install(TARGETS strait EXPORT strait-targets COMPONENT strait
+  ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR}
+  FILE_SET HEADERS DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}
+  FILE_SET CXX_MODULES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/strait/modules)
+install(EXPORT strait-targets COMPONENT strait NAMESPACE strait:: DESTINATION ${package_dir}
+  CXX_MODULES_DIRECTORY modules)
+
+configure_package_config_file(cmake/strait-config.cmake.in ${CMAKE_CURRENT_BINARY_DIR}/strait-config.cmake
+  INSTALL_DESTINATION ${package_dir} NO_SET_AND_CHECK_MACRO NO_CHECK_REQUIRED_COMPONENTS_MACRO)
+# Before 1.0 a minor version may change what an importer sees.
+write_basic_package_version_file(${CMAKE_CURRENT_BINARY_DIR}/strait-config-version.cmake COMPATIBILITY SameMinorVersion)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/strait-config.cmake
+  ${CMAKE_CURRENT_BINARY_DIR}/strait-config-version.cmake
+  cmake/strait-requirements.cmake cmake/strait-agreement.cmake
+  DESTINATION ${package_dir} COMPONENT strait)
+install(FILES LICENSE DESTINATION ${CMAKE_INSTALL_DATADIR}/doc/libstrait-dev RENAME copyright COMPONENT strait)
+
+# Below another project its packages are its own business.
+if(NOT PROJECT_IS_TOP_LEVEL)
+  return()
+endif()
+
+set(CPACK_GENERATOR DEB)
+set(CPACK_PACKAGE_NAME libstrait-dev)
+set(CPACK_PACKAGE_VENDOR strait)
+set(CPACK_PACKAGE_CONTACT "The strait developers <strait@localhost>")
+set(CPACK_PACKAGE_DESCRIPTION_SUMMARY "shared-memory channels you can co_await, on Asio (C++20 modules)")
+# One package, of this component alone: whatever else a build installs does not get in by accident.
+set(CPACK_COMPONENTS_ALL strait)
+set(CPACK_COMPONENTS_GROUPING ALL_COMPONENTS_IN_ONE)
+set(CPACK_DEB_COMPONENT_INSTALL ON)
+set(CPACK_STRIP_FILES OFF)
+set(CPACK_VERBATIM_VARIABLES ON)
+
+set(CPACK_DEBIAN_FILE_NAME DEB-DEFAULT)
+set(CPACK_DEBIAN_PACKAGE_NAME libstrait-dev)
+set(CPACK_DEBIAN_PACKAGE_RELEASE 1)
+set(CPACK_DEBIAN_PACKAGE_SECTION libdevel)
+set(CPACK_DEBIAN_PACKAGE_PRIORITY optional)
+string(CONCAT CPACK_DEBIAN_PACKAGE_DESCRIPTION
+  "Channels between coroutines in two threads, two NUMA nodes or two processes, inside ordinary Asio applications.\n"
+  "This package contains the static library, the module interfaces, the header for Asio and the CMake package.")
+# There is no program in it for dpkg-shlibdeps to look at. What the config file looks for is what is needed, and Asio
+# in exactly the version of which the library holds compiled parts.
+string(REGEX REPLACE "[0-9]+$" "" next_asio "${STRAIT_ASIO_VERSION}")
+string(REGEX MATCH "[0-9]+$" patch "${STRAIT_ASIO_VERSION}")
+math(EXPR patch "${patch} + 1")
+set(depends "libasio-dev (>= 1:${STRAIT_ASIO_VERSION}), libasio-dev (<< 1:${next_asio}${patch}~)")
+string(APPEND depends ", libhwloc-dev (>= 2.0)")
+if(STRAIT_MIMALLOC)
+  string(APPEND depends ", libmimalloc-dev (>= 2.0)")
+endif()
+string(APPEND depends ", pkg-config | pkgconf")
+set(CPACK_DEBIAN_PACKAGE_DEPENDS "${depends}")
+# Whoever only unpacks or repackages it needs none of these; whoever builds with it needs all.
+set(CPACK_DEBIAN_PACKAGE_RECOMMENDS "clang-19 | clang (>= 1:19), clang-tools-19 | clang-tools (>= 1:19), cmake (>= 3.28), ninja-build")
+include(CPack)

@@ -1,0 +1,176 @@
+#!/usr/bin/env bash
+# The tool strait as its users meet it: channels of two processes, which are then killed; strange names; misuse.
+# usage: strait_tool.sh STRAIT PEER    the tool, and tests/tool_peer.cpp
+#
+# `rm --stale` clears the whole machine, so this runs where /dev/shm is its own: in a mount namespace.
+set -u
+
+if [ "${STRAIT_TOOL_OWN_SHM:-}" != 1 ]; then
+  command -v jq >/dev/null || { echo 'jq is not installed (apt install jq)'; exit 77; }
+  own=(unshare -m)
+  "${own[@]}" mount -t tmpfs none /dev/shm 2>/dev/null || own=(unshare -Urm)
+  "${own[@]}" mount -t tmpfs none /dev/shm 2>/dev/null || { echo 'no mount namespace can be had'; exit 77; }
+  # shellcheck disable=SC2016
+  STRAIT_TOOL_OWN_SHM=1 exec "${own[@]}" bash -c 'mount -t tmpfs none /dev/shm && exec "$@"' sh "$0" "$@"
+fi
+
+strait=$1
+peer=$2
+scratch=$(mktemp -d)
+failures=0
+pids=()
+
+trap cleanup EXIT
+cleanup() {
+  ((${#pids[@]} == 0)) || kill -9 "${pids[@]}" 2>/dev/null
+  rm -rf "$scratch"
+}
+
+fail() {
+  printf 'FAILED: %s\n' "$*"
+  failures=$((failures + 1))
+}
+
+expect() {  # WHAT EXPECTED FOUND
+  [ "$2" == "$3" ] || fail "$(printf '%s: expected %q, found %q' "$1" "$2" "$3")"
+}
+
+expect_match() {  # WHAT PATTERN FOUND
+  # shellcheck disable=SC2053
+  [[ $3 == $2 ]] || fail "$(printf '%s: expected %q, found %q' "$1" "$2" "$3")"
+}
+
+step() { printf '%s\n' "-- $*"; }
+
+# run STATUS ARGUMENT...: the tool; what it says is in $out and $err.
+run() {
+  local expected=$1 status=0
+  shift
+  "$strait" "$@" >"$scratch/out" 2>"$scratch/err" || status=$?
+  out=$(<"$scratch/out")
+  err=$(<"$scratch/err")
+  expect "the status of strait $*" "$expected" "$status"
+}
+
+# query FILTER: what the last output holds, as jq sees it.
+query() { jq -r "$1" "$scratch/out" 2>&1; }
+
+enter() {  # ROLE NAME: starts an end and waits until it has entered; its process is in $entered
+  local word
+  exec 9< <("$peer" "$1" "$2" 2>>"$scratch/peers" & echo $!; wait)
+  read -r -t 30 entered <&9 && read -r -t 30 word <&9 && [ "$word" == in ] || {
+    cat "$scratch/peers"
+    fail "$1 of $2 did not enter"
+    exit 1
+  }
+  exec 9<&-
+  pids+=("$entered")
+}
+
+gone() {  # PID...: waits until the processes are no more
+  local pid end=$((SECONDS + 30))
+  for pid in "$@"; do
+    while kill -0 "$pid" 2>/dev/null && [ $SECONDS -lt $end ]; do sleep 0.01; done
+  done
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+step 'nothing there'
+run 0 ls
+expect 'an empty list' 'no channels' "$out"
+run 0 ls --json
+expect 'an empty array' 0 "$(query length)"
+run 0 rm --stale
+expect 'nothing to remove' '' "$out$err"
+
+step 'a live channel'
+enter receiver readings
+receiver=$entered
+enter sender posix:readings
+sender=$entered
+run 0 ls
+expect_match ls "*posix:readings*live*Reading v2, 24 B*64*$sender *$receiver *" "$out"
+run 0 ls --json
+expect 'the channel' 'readings posix Reading 64 live number' \
+  "$(query '.[] | "\(.name) \(.scheme) \(.type) \(.capacity) \(.state) \(.depth | type)"')"
+expect 'its ends' "sender $sender true receiver $receiver true" \
+  "$(query '[.[0].ends[] | "\(.role) \(.pid) \(.alive)"] | join(" ")')"
+run 0 stat readings
+expect_match stat '*Reading version 2*24 bytes*64 messages*parks*wakes*' "$out"
+run 0 stat posix:readings --json
+expect 'stat --json' 1 "$(query length)"
+run 0 top --once --interval 0.2
+expect_match top '*SENT/s*posix:readings*live*%*' "$out"
+run 0 --json top --once --interval 0.2
+expect 'rates' 'true true' "$(query '.[0] | "\(.sent_per_second > 0) \(.taken_per_second > 0)"')"
+run 1 rm readings
+expect_match 'rm of a live channel' "*$sender*$receiver*" "$err"
+run 0 rm --stale
+expect 'rm --stale beside a live channel' '' "$out$err"
+run 0 ls --json
+expect 'still there' live "$(query '.[0].state')"
+
+step 'both ends are killed'
+kill -9 "$sender" "$receiver"
+gone "$sender" "$receiver"
+run 0 ls --json
+expect 'killed' 'stale dead dead' "$(query '.[0] | "\(.state) \(.ends[0].state) \(.ends[1].state)"')"
+run 0 ls
+expect_match 'killed' '*posix:readings*stale*dead*dead*' "$out"
+run 0 rm --stale
+expect 'rm --stale' 'removed posix:readings' "$out"
+run 0 ls --json
+expect 'removed' 0 "$(query length)"
+[ ! -e /dev/shm/readings ] || fail 'rm --stale left the file'
+
+step 'a strange name'
+strange=$'\e[31mred "\\\n\xff\u202e'
+enter receiver "posix:$strange"
+run 0 ls
+expect_match 'a strange name' 'NAME*posix:\\x1b\[31mred "\\\\\\x0a\\xff\\xe2\\x80\\xae *live*' "$out"
+run 0 ls --json
+expect 'a strange name in JSON' $'\e[31mred "\\\n\ufffd\u202e' "$(query '.[0].name')"
+kill -9 "$entered"
+gone "$entered"
+run 0 rm --json "$strange"
+expect 'removed by its name' 1 "$(query length)"
+run 0 ls --json
+expect 'the strange name' 0 "$(query length)"
+
+step 'rubbish'
+head -c 100000 /dev/urandom >/dev/shm/rubbish
+printf 'sem' >/dev/shm/sem.small
+mkdir /dev/shm/directory
+run 0 ls
+expect 'what is not ours' 'no channels' "$out"
+run 1 rm rubbish
+expect_match 'rm of what is not ours' '*not a strait segment*' "$err"
+run 0 rm --stale
+[ -e /dev/shm/rubbish ] || fail 'rubbish that is not ours was removed'
+
+step 'misuse'
+run 2
+run 2 frobnicate
+expect_match 'an unknown word' '*expected one of ls, stat, top, rm; found*frobnicate*' "$err"
+run 2 stat
+run 2 rm
+run 2 rm readings --stale
+run 2 ls too many
+run 2 top --interval nonsense
+run 1 stat nothing
+expect_match 'an unknown name' '*posix:nothing*' "$err"
+run 1 stat tcp:nothing
+expect_match 'an unknown scheme' '*unknown memory scheme*' "$err"
+run 1 rm nothing
+run 1 stat ''
+run 0 --help
+run 0 rm --help
+if [ -e /dev/full ]; then
+  status=0
+  "$strait" ls >/dev/full 2>"$scratch/err" || status=$?
+  expect 'the status where nothing can be written' 1 "$status"
+fi
+
+((failures == 0)) || { printf '%d checks failed\n' "$failures"; exit 1; }
+echo 'all checks passed'
