@@ -190,8 +190,9 @@ std::vector<row> run_case(conductor& by, const bench_case& what, const plan& how
     for (unsigned variant = 0; variant < variants; ++variant) {
       tell(0, name);
       lane made{.what = &one, .variant = variant, .ends = nullptr, .size = {}, .values = {}, .samples = {}};
-      made.ends =
-          std::make_unique<pair>(by, one, variant, what.task, how.fault, fmt::format("{}, {}", what.name, name));
+      job task = what.task;
+      task.memory = how.memory;
+      made.ends = std::make_unique<pair>(by, one, variant, task, how.fault, fmt::format("{}, {}", what.name, name));
       if (what.task.kind == work::syscalls) made.refused = made.ends->count_syscalls();
       made.size = find_size(made, what.task, how);
       lanes.push_back(std::move(made));

@@ -30,6 +30,7 @@ struct plan {
   unsigned rounds = 9;
   bool quick = false;
   plant fault = plant::none;
+  bench::memory memory = bench::memory::posix;
   /// Only subjects whose names begin with one of these; all when there are none.
   std::vector<std::string> subject_prefixes;
   [[nodiscard]] bool wants(std::string_view subject) const {

@@ -168,6 +168,7 @@ pair::pair(conductor& by, const subject& what, unsigned variant, const job& task
   shared.ns_per_tick = by.clock_.ns_per_tick();
   shared.nonce = (static_cast<std::uint64_t>(::getpid()) << 40) ^ tick_clock::monotonic_ns();
   shared.fault = fault;
+  shared.memory = task.memory;
   shared.conductor = ::getpid();
 
   by_.pairs_.push_back(this);

@@ -9,6 +9,7 @@
 #include <chrono>
 #include <csignal>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <optional>
 #include <string>
@@ -25,7 +26,8 @@
 namespace {
 
 constexpr std::string_view usage =
-    R"(usage: strait-demo [--json FILE] [--rounds N] [--quick] [--case PREFIX] [--subject PREFIX]
+    R"(usage: strait-demo [--json FILE] [--rounds N] [--quick] [--memory NAME] [--case PREFIX]
+                   [--subject PREFIX]
 
 Two processes exchange messages through a strait channel, and through what one would use instead, and check each
 message. Takes a minute or two.
@@ -33,6 +35,7 @@ message. Takes a minute or two.
   --json FILE       write every row of the table to FILE as well, as a JSON array
   --rounds N        interleaved rounds for each subject (default 9; figures that are to be published need at least 9)
   --quick           shorter rounds: to see that it works, not how fast
+  --memory NAME     where strait's channels lie: posix (default), or file, in the directory for temporary files
   --case PREFIX     only the cases whose names begin with PREFIX
   --subject PREFIX  only the subjects whose names begin with PREFIX; may be given several times
   --help            this text
@@ -66,6 +69,15 @@ options parse(int argc, char** argv) {
       chosen.json = value();
     } else if (option == "--quick") {
       chosen.plan.quick = true;
+    } else if (option == "--memory") {
+      const std::string_view text = value();
+      if (text == "posix") {
+        chosen.plan.memory = bench::memory::posix;
+      } else if (text == "file") {
+        chosen.plan.memory = bench::memory::file;
+      } else {
+        throw usage_error{fmt::format("--memory: expected posix or file, found '{}'", text)};
+      }
     } else if (option == "--case") {
       chosen.case_prefix = value();
     } else if (option == "--subject") {
@@ -91,7 +103,7 @@ options parse(int argc, char** argv) {
       }
     } else {
       throw usage_error{
-          fmt::format("expected --json, --rounds, --quick, --case, --subject or --help, found '{}'", option)};
+          fmt::format("expected --json, --rounds, --quick, --memory, --case, --subject or --help, found '{}'", option)};
     }
   }
   return chosen;
@@ -205,6 +217,9 @@ int demonstrate(const options& chosen) {
   fmt::print(
       "{} interleaved rounds a subject. Rates: the best is max; times: the best is min. Each message is checked.\n",
       chosen.plan.rounds);
+  if (chosen.plan.memory == bench::memory::file) {
+    fmt::print("strait's channels are files in {}.\n", std::filesystem::temp_directory_path().string());
+  }
   if (chosen.plan.rounds < 9 || chosen.plan.quick) fmt::print("A short run: to see that it works, not how fast.\n");
   fmt::print("\n");
   std::fflush(stdout);

@@ -75,6 +75,9 @@ enum class work : std::uint32_t {
 
 enum class role : std::uint32_t { producer, consumer };
 
+/// Where strait's channels between the processes lie.
+enum class memory : std::uint32_t { posix, file };
+
 inline constexpr std::size_t cache_pair = 128;  // as strait's padding: x86 fetches lines in pairs
 inline constexpr std::size_t sample_limit = std::size_t{1} << 17;
 
@@ -118,6 +121,7 @@ struct control {
   bool tsc = false;
   double ns_per_tick = 1;
   plant fault = plant::none;
+  bench::memory memory = bench::memory::posix;
   std::int32_t conductor = 0;
 
   // Written before each round; `round` is its number and the futex that the ends sleep on.
@@ -166,6 +170,7 @@ class end {
   [[nodiscard]] unsigned cpu() const noexcept { return shared_.cpus[static_cast<unsigned>(role_)]; }
   [[nodiscard]] bool one_cpu() const noexcept { return shared_.cpus[0] == shared_.cpus[1]; }
   [[nodiscard]] std::uint64_t nonce() const noexcept { return shared_.nonce; }
+  [[nodiscard]] bench::memory memory() const noexcept { return shared_.memory; }
   /// The subject's n-th descriptor for this end.
   [[nodiscard]] int fd(int n) const noexcept { return first_descriptor + n; }
 

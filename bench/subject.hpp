@@ -20,6 +20,7 @@ struct link {
 struct job {
   work kind = work::stream;
   std::size_t message_bytes = 8;
+  bench::memory memory = bench::memory::posix;
 };
 
 struct subject {

@@ -25,6 +25,7 @@ export import strait.park;
 /// | presence             | see strait.park                              | both ends  | an end that looks alive with its lock free |
 /// | incarnation          | owner, entering, under the gate              | the peer   | a count of an end that never was awake     |
 /// | last_death, died_at  | who declares a death, under the gate         | the peer   | half a declaration: the same written again |
+/// | boot                 | owner, entering, under the gate              | who enters | a boot that its role does not live in      |
 /// | process, doorbell    | owner, before it announces `hub_parked`      | the ringer | nothing: nobody reads it while awake       |
 /// | poisoned             | who found an impossible value                | both ends  | the channel is unusable either way         |
 /// | parks, wakes         | owner, on the slow path                      | `inspect`  | a count that stands still                  |
@@ -89,6 +90,9 @@ struct end_entry {
   std::atomic<std::uint64_t> doorbell{0};
   /// For people to read.
   std::atomic<std::uint32_t> pid{0};
+  /// The boot in which the owner entered (`this_boot`): from another one, nothing but the count above means anything.
+  std::atomic<std::uint64_t> boot_high{0};
+  std::atomic<std::uint64_t> boot_low{0};
 
   /// How often the owners of this end went to sleep, and how often they rang the peer. Counted where a system call is
   /// made anyway, and behind what the peer reads at each look at an empty lane, in a cache line that it never reads.
@@ -124,7 +128,7 @@ struct segment_header {
   lane_control<> lane;
 
   static constexpr std::uint64_t expected_magic = 0x5354'5241'4954'0a00;  // "STRAIT\n\0"
-  static constexpr std::uint32_t expected_layout = 1;
+  static constexpr std::uint32_t expected_layout = 2;
 };
 static_assert(sizeof(segment_header) == 7 * line_padding);
 static_assert(offsetof(segment_header, ends) == line_padding);

@@ -13,10 +13,12 @@ export module strait.memory;
 
 /// Segments: where the shared words live, how they come into being at once, and the locks that tell who is alive.
 ///
-/// A named segment is a file in a memory file system. Three things about it are the kernel's word, not ours:
+/// A named segment is a file: in a memory file system, or, to outlive everybody, in any other. Three things about it are
+/// the kernel's word, not ours:
 ///
 ///  - It appears whole. It is made as a file without a name, filled, and given its name by one `linkat`; a creator that
-///    dies before that leaves nothing.
+///    dies before that leaves nothing. (A file system that knows no nameless files gets a hidden name, which the next
+///    creator takes away if its maker died.)
 ///  - An end is alive as long as it holds the lock on its byte. The lock belongs to an open file description of its own
 ///    (an OFD lock), which dies with the process and with nothing else.
 ///  - Entering and leaving are one at a time: who holds the lock on the first byte, the gate, may do either.
@@ -27,17 +29,25 @@ enum class memory_scheme : std::uint8_t {
   private_memory,
   /// A file in /dev/shm, as `shm_open` makes it.
   posix,
+  /// A file of the user's, at any path: it outlives its ends and the machine's reboot.
+  file,
 };
 
 /// A channel's name, taken apart.
 struct memory_name {
   memory_scheme scheme = memory_scheme::posix;
+  /// What stands behind the scheme: a name in /dev/shm, or a path.
   std::string name;
   /// As the user would write it: `posix:orders`.
   [[nodiscard]] std::string text() const;
+  /// Where its file is: `/dev/shm/orders`; empty for private memory.
+  [[nodiscard]] std::string path() const;
+  /// Whether the segment stays when its last end leaves, and is then the user's: never removed, never replaced.
+  [[nodiscard]] bool outlives_its_ends() const noexcept;
 };
 
-/// Takes `posix:orders` apart; no scheme means `posix:`.
+/// Takes `posix:orders` apart; no scheme means `posix:`. A relative path of `file:` is completed with the working
+/// directory, so that it goes on to mean the same file.
 ///
 /// Waits: never. Allocates: the name. Errors: `unknown_scheme`, `bad_name`. Complexity: linear in the text.
 [[nodiscard]] memory_name parse_memory_name(std::string_view text);
@@ -118,6 +128,18 @@ class file_locks {
 /// The byte whose lock is the gate: entering, leaving and declaring dead happen one at a time.
 inline constexpr std::uint64_t gate_byte = 0;
 
+/// The kernel's name for the time since the machine was started; all zero where /proc does not tell.
+struct boot_identity {
+  std::uint64_t high = 0;
+  std::uint64_t low = 0;
+  friend bool operator==(const boot_identity&, const boot_identity&) = default;
+};
+
+/// This boot, as /proc/sys/kernel/random/boot_id tells it: the same in every container of the machine.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: three system calls, once.
+[[nodiscard]] boot_identity this_boot() noexcept;
+
 /// Counts the forks that led to this process; an end that was opened under another count belongs to a parent.
 [[nodiscard]] std::uint32_t fork_generation() noexcept;
 
@@ -142,7 +164,8 @@ struct segment_plan {
 enum class verdict : std::uint8_t {
   /// Ours to enter.
   enter,
-  /// Nobody lives in it and it does not fit: take its name away and make a new one.
+  /// Nobody lives in it and it does not fit: take its name away and make a new one. Not for a segment that outlives its
+  /// ends.
   replace,
 };
 

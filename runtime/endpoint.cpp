@@ -124,6 +124,13 @@ bool words_are_sound(const segment_header& header, bool inhabited) noexcept {
                           header.capacity;
 }
 
+bool of_this_boot(const end_entry& entry) noexcept {
+  const boot_identity boot = this_boot();
+  // relaxed: entering and examining are ordered by the gate.
+  return entry.boot_high.load(std::memory_order_relaxed) == boot.high &&
+         entry.boot_low.load(std::memory_order_relaxed) == boot.low;
+}
+
 /// Whether a sender that closed left messages for a receiver that is yet to come; see close().
 bool holds_a_deposit(const segment_header& header) noexcept {
   // relaxed, all of them: a copy of our own.
@@ -237,9 +244,11 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     const bool sound = words_are_sound(header, inhabited);
     // From a broken segment nobody can take messages.
     const bool deposited = whole && sound && holds_a_deposit(header);
-    // What a crash left is no obstacle to whoever may create; an end that lives decides what the channel is.
+    // What a crash left is no obstacle to whoever may create; an end that lives decides what the channel is. What is
+    // meant to outlive its ends is no leftover but the user's.
+    const bool leftover = !inhabited && !deposited && !made->name_.outlives_its_ends();
     const auto refuse = [&](errc e, const std::string& expected, const std::string& found) {
-      if (!inhabited && !deposited && options.open != open_mode::open) return verdict::replace;
+      if (leftover && options.open != open_mode::open) return verdict::replace;
       fail(e, channel + ": expected " + expected + ", found " + found);
     };
     if (!whole) {
@@ -266,7 +275,16 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
       return refuse(errc::no_barrier, "a kernel that grants membarrier, or a channel made with option order = fence",
                     "neither");
     }
-    if (options.open == open_mode::create && !inhabited && !deposited) return verdict::replace;
+    if (options.open == open_mode::create && leftover) return verdict::replace;
+    // A lock ends with its boot, at the latest. One that is held under another boot is held on another machine, which
+    // sees the same file over the network and not the same memory.
+    for (const role r : {role::sender, role::receiver}) {
+      const end_entry& entry = header.ends[static_cast<std::size_t>(r)];
+      if (!of_this_boot(entry) && locks.held_by_other(byte_of(r))) {
+        fail(errc::end_in_use, channel + ": expected ends of this machine only, found a living " +
+                                   std::string{to_string(r)} + " that entered under another boot");
+      }
+    }
     const auto& entry = header.ends[static_cast<std::size_t>(mine)];
     if (options.open != open_mode::create && locks.held_by_other(byte_of(mine))) {
       fail(errc::end_in_use, channel + ": expected no living " + std::string{to_string(mine)} + ", found one in process " +
@@ -303,9 +321,20 @@ void endpoint::enter() {
       (role_ == role::sender || !undelivered)) {
     peer_word().store(static_cast<std::uint32_t>(presence::vacant), std::memory_order_relaxed);
   }
+  // After a reboot the peer's entry tells of a process that cannot be: another may have its number by now.
+  if (end_entry& them = peer(); !of_this_boot(them)) {
+    // relaxed, all of them: ordered by the gate.
+    them.process_high.store(0, std::memory_order_relaxed);
+    them.process_low.store(0, std::memory_order_relaxed);
+    them.doorbell.store(0, std::memory_order_relaxed);
+    them.pid.store(0, std::memory_order_relaxed);
+  }
   const process_identity me = this_process();
+  const boot_identity boot = this_boot();
   end_entry& mine = own();
   // relaxed, all of them: the incarnation below releases them.
+  mine.boot_high.store(boot.high, std::memory_order_relaxed);
+  mine.boot_low.store(boot.low, std::memory_order_relaxed);
   mine.process_high.store(me.high, std::memory_order_relaxed);
   mine.process_low.store(me.low, std::memory_order_relaxed);
   mine.doorbell.store(0, std::memory_order_relaxed);
@@ -359,7 +388,7 @@ void endpoint::close() noexcept {
     const bool receiver_to_come =
         role_ == role::sender &&
         static_cast<presence>(peer_word().load(std::memory_order_relaxed)) == presence::vacant;
-    if (!(undelivered && receiver_to_come)) remove_name(name_, segment_.locks);
+    if (!(undelivered && receiver_to_come) && !name_.outlives_its_ends()) remove_name(name_, segment_.locks);
   }
   // Closing the descriptor, in the destructor of segment_, drops this end's lock and the gate at once.
 }

@@ -16,8 +16,9 @@ module;
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <ctime>
 #include <cstdio>
+#include <ctime>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -26,6 +27,7 @@ module;
 #include <span>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 module strait.memory;
@@ -37,7 +39,10 @@ namespace {
 
 constexpr std::string_view shm_directory = "/dev/shm/";
 
-std::string path_of(const memory_name& name) { return std::string{shm_directory} + name.name; }
+/// The directory of a path that has one, with the slash.
+std::string directory_of(const std::string& path) {
+  return path.substr(0, path.rfind('/') + 1);
+}
 
 /// The text as an error can show it: a NUL would end the message, and an escape sequence would go to the terminal.
 std::string printable(std::string_view text) {
@@ -71,7 +76,7 @@ std::string kind_of(::mode_t mode) {
   if (::lstat(path.c_str(), &file) == 0) {
     if (!S_ISREG(file.st_mode)) {
       fail(errc::foreign_segment,
-           name.text() + ": expected a shared-memory file at " + path + ", found " + kind_of(file.st_mode));
+           name.text() + ": expected a regular file at " + path + ", found " + kind_of(file.st_mode));
     }
     if (error == EACCES || error == EPERM) {
       std::array<char, 8> mode{};
@@ -84,17 +89,24 @@ std::string kind_of(::mode_t mode) {
   fail_errno(error, name.text() + ": opening " + path);
 }
 
-/// Has every byte of the file really allocated: a full tmpfs is an error here and not a SIGBUS at the first message.
-/// What the file holds stays.
-void allocate(int descriptor, std::size_t bytes, const std::string& what) {
+/// Has every byte of the file really allocated: a full file system is an error here and not a SIGBUS at the first
+/// message. What the file holds stays. `shared`: others may be writing to it.
+void allocate(int descriptor, std::size_t bytes, bool shared, const memory_name& name) {
+  const std::string what = name.text();
   int error = 0;
   do {
-    error = ::posix_fallocate(descriptor, 0, static_cast<off_t>(bytes));
+    error = ::fallocate(descriptor, 0, 0, static_cast<off_t>(bytes)) == 0 ? 0 : errno;
   } while (error == EINTR);
-  if (error == ENOSPC || error == ENOMEM) {
+  if (error == EOPNOTSUPP) {
+    // The C library then rewrites a byte of each block, which would undo what another end writes at that moment. A file
+    // that was there has been allocated like this by its creator.
+    if (shared) return;
+    error = ::posix_fallocate(descriptor, 0, static_cast<off_t>(bytes));
+  }
+  if (error == ENOSPC || error == ENOMEM || error == EDQUOT) {
     struct ::statvfs space{};
     const bool known = ::fstatvfs(descriptor, &space) == 0;
-    fail(errc::no_space, what + ": expected " + std::to_string(bytes) + " free bytes in " + std::string{shm_directory} +
+    fail(errc::no_space, what + ": expected " + std::to_string(bytes) + " free bytes in " + directory_of(name.path()) +
                              ", found " +
                              (known ? std::to_string(space.f_bavail * space.f_frsize) : std::string{"fewer"}));
   }
@@ -148,43 +160,9 @@ struct ::flock byte_lock(short type, std::uint64_t byte) {
   return lock;
 }
 
-/// A file in the memory file system that has no name yet, filled and with its gate held.
-segment make_nameless(const memory_name& name, const segment_plan& plan) {
-  const std::string what = name.text();
-  segment made;
-  made.locks = file_locks{std::string{shm_directory}.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, plan.mode};
-  const int descriptor = made.locks.descriptor();
-  if (descriptor < 0) fail_errno(errno, what + ": creating a file in " + std::string{shm_directory});
-  // The umask must not make a channel narrower than was asked for.
-  if (::fchmod(descriptor, static_cast<mode_t>(plan.mode)) != 0) fail_errno(errno, what + ": setting its mode");
-  if (::ftruncate(descriptor, static_cast<off_t>(plan.bytes)) != 0) {
-    if (errno == EFBIG || errno == EINVAL) {
-      fail(errc::no_space, what + ": expected room for " + std::to_string(plan.bytes) +
-                               " bytes, found a file system that allows no such file");
-    }
-    fail_errno(errno, what + ": setting its size to " + std::to_string(plan.bytes));
-  }
-  made.map = mapping::of_file(descriptor, plan.bytes, plan.node, what);
-  allocate(descriptor, plan.bytes, what);
-  made.map.populate();
-  plan.fill(made.map.data());
-  made.locks.lock(gate_byte);
-  made.created = true;
-  return made;
-}
-
-/// Gives the file its name; false when the name is taken.
-bool give_name(const memory_name& name, int descriptor) {
-  // Through /proc, because linkat with AT_EMPTY_PATH asks for a capability.
-  const std::string nameless = "/proc/self/fd/" + std::to_string(descriptor);
-  if (::linkat(AT_FDCWD, nameless.c_str(), AT_FDCWD, path_of(name).c_str(), AT_SYMLINK_FOLLOW) == 0) return true;
-  if (errno == EEXIST) return false;
-  fail_errno(errno, name.text() + ": giving " + path_of(name) + " its name");
-}
-
 /// Removes the name from the directory; that it is gone already is no error.
 void take_name_away(const memory_name& name, ::uid_t owner, const std::string& purpose) {
-  const std::string path = path_of(name);
+  const std::string path = name.path();
   if (::unlink(path.c_str()) == 0 || errno == ENOENT) return;
   const int error = errno;
   const std::string what = name.text() + ": expected " + purpose + " at " + path + ", found a file of user " +
@@ -193,12 +171,133 @@ void take_name_away(const memory_name& name, ::uid_t owner, const std::string& p
   fail_errno(error, what);
 }
 
-bool still_named(const memory_name& name, int descriptor) noexcept {
+bool still_named(const std::string& path, int descriptor) noexcept {
   struct ::stat file{};
   struct ::stat named{};
-  return ::fstat(descriptor, &file) == 0 && ::stat(path_of(name).c_str(), &named) == 0 && file.st_ino == named.st_ino &&
+  return ::fstat(descriptor, &file) == 0 && ::lstat(path.c_str(), &named) == 0 && file.st_ino == named.st_ino &&
          file.st_dev == named.st_dev;
 }
+
+/// A hidden name beside `path`, for file systems without nameless files. Always the same for the same path, so that the
+/// next creator finds what a dead one left.
+std::string makeshift_path(const std::string& path) {
+  std::uint64_t hash = 0xcbf2'9ce4'8422'2325;  // FNV-1a, so that the longest name has a makeshift, too
+  for (const char letter : std::string_view{path}.substr(path.rfind('/') + 1)) {
+    hash = (hash ^ static_cast<unsigned char>(letter)) * 0x100'0000'01b3;
+  }
+  std::array<char, 40> name{};
+  std::snprintf(name.data(), name.size(), ".strait-new-%016llx", static_cast<unsigned long long>(hash));
+  return directory_of(path) + name.data();
+}
+
+/// A segment that is being made, and the makeshift name that it has on file systems without nameless files; that name
+/// is taken away by the destructor.
+class nursling {
+ public:
+  explicit nursling(const memory_name& name, unsigned mode) : name_{name}, path_{name.path()} {
+    made_.created = true;
+    open_nameless(mode);
+    if (made_.locks.descriptor() < 0) open_under_makeshift(mode);
+    // The umask must not make a channel narrower than was asked for.
+    if (::fchmod(made_.locks.descriptor(), static_cast<::mode_t>(mode)) != 0) {
+      fail_errno(errno, name_.text() + ": setting its mode");
+    }
+  }
+  nursling(const nursling&) = delete;
+  nursling& operator=(const nursling&) = delete;
+  ~nursling() {
+    if (!makeshift_.empty()) ::unlink(makeshift_.c_str());
+  }
+
+  /// Gives it its size and contents.
+  void grow(const segment_plan& plan) {
+    const std::string what = name_.text();
+    const int descriptor = made_.locks.descriptor();
+    if (::ftruncate(descriptor, static_cast<off_t>(plan.bytes)) != 0) {
+      if (errno == EFBIG || errno == EINVAL) {
+        fail(errc::no_space, what + ": expected room for " + std::to_string(plan.bytes) +
+                                 " bytes, found a file system that allows no such file");
+      }
+      fail_errno(errno, what + ": setting its size to " + std::to_string(plan.bytes));
+    }
+    made_.map = mapping::of_file(descriptor, plan.bytes, plan.node, what);
+    allocate(descriptor, plan.bytes, false, name_);
+    made_.map.populate();
+    plan.fill(made_.map.data());
+    // A name that a power failure kept without its contents would be in the user's way for good.
+    if (name_.outlives_its_ends() && ::fsync(descriptor) != 0) fail_errno(errno, what + ": writing it to the disk");
+  }
+
+  /// Gives the file its name; false when the name is taken.
+  [[nodiscard]] bool give_name() {
+    if (makeshift_.empty()) {
+      // Through /proc, because linkat with AT_EMPTY_PATH asks for a capability.
+      const std::string nameless = "/proc/self/fd/" + std::to_string(made_.locks.descriptor());
+      if (::linkat(AT_FDCWD, nameless.c_str(), AT_FDCWD, path_.c_str(), AT_SYMLINK_FOLLOW) == 0) return true;
+    } else {
+      if (::link(makeshift_.c_str(), path_.c_str()) == 0) return true;
+      // Where files have no second names, they may still be renamed without replacing anything.
+      if (errno != EEXIST &&
+          ::syscall(SYS_renameat2, AT_FDCWD, makeshift_.c_str(), AT_FDCWD, path_.c_str(), RENAME_NOREPLACE) == 0) {
+        makeshift_.clear();
+        return true;
+      }
+    }
+    if (errno == EEXIST) return false;
+    fail_errno(errno, name_.text() + ": giving " + path_ + " its name");
+  }
+
+  [[nodiscard]] segment take() { return std::move(made_); }
+
+ private:
+  void open_nameless(unsigned mode) {
+    const std::string directory = directory_of(path_);
+    made_.locks = file_locks{directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, mode};
+    if (made_.locks.descriptor() >= 0) {
+      made_.locks.lock(gate_byte);
+      return;
+    }
+    // EISDIR: a kernel whose file systems have never heard of it.
+    if (errno != EOPNOTSUPP && errno != EISDIR) fail_to_create(directory);
+  }
+
+  void open_under_makeshift(unsigned mode) {
+    const std::string path = makeshift_path(path_);
+    for (;;) {
+      // The gate tells whether its maker lives. Between the opening and the locking it looks as if he did not, so he
+      // looks afterwards whether somebody thought so.
+      file_locks mine{path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, mode};
+      if (mine.descriptor() >= 0) {
+        if (!mine.try_lock(gate_byte) || !still_named(path, mine.descriptor())) continue;
+        made_.locks = std::move(mine);
+        makeshift_ = path;
+        return;
+      }
+      if (errno != EEXIST) fail_to_create(path);
+      file_locks theirs{path.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0};
+      if (theirs.descriptor() < 0) {
+        if (errno == ENOENT) continue;
+        fail_to_open(name_, path, errno);
+      }
+      theirs.lock(gate_byte);
+      if (still_named(path, theirs.descriptor()) && ::unlink(path.c_str()) != 0 && errno != ENOENT) {
+        fail_errno(errno, name_.text() + ": removing " + path + ", which a creator left that died");
+      }
+    }
+  }
+
+  [[noreturn]] void fail_to_create(const std::string& where) const {
+    if (errno == ENOSPC || errno == EDQUOT) {
+      fail(errc::no_space, name_.text() + ": expected room for a file in " + directory_of(where) + ", found none");
+    }
+    fail_errno(errno, name_.text() + ": creating a file in " + directory_of(where));
+  }
+
+  const memory_name& name_;
+  std::string path_;
+  std::string makeshift_;
+  segment made_;
+};
 
 }  // namespace
 
@@ -206,17 +305,59 @@ std::string memory_name::text() const {
   switch (scheme) {
     case memory_scheme::private_memory: return "private memory";
     case memory_scheme::posix: return "posix:" + name;
+    case memory_scheme::file: return "file:" + name;
   }
   return name;
 }
 
+std::string memory_name::path() const {
+  switch (scheme) {
+    case memory_scheme::private_memory: return {};
+    case memory_scheme::posix: return std::string{shm_directory} + name;
+    case memory_scheme::file: return name;
+  }
+  return {};
+}
+
+bool memory_name::outlives_its_ends() const noexcept {
+  return scheme == memory_scheme::file;
+}
+
+namespace {
+
+/// `file:` and then a path, which may be relative.
+memory_name parse_path(std::string_view path) {
+  constexpr std::size_t longest = 4095;  // PATH_MAX, without the NUL
+  const auto reject = [&](const std::string& found) {
+    fail(errc::bad_name, "channel name \"file:" + printable(path) + "\": expected the path of a file, of 1 to " +
+                             std::to_string(longest) + " bytes without NUL; found " + found);
+  };
+  if (path.empty()) reject("an empty path");
+  if (path.find('\0') != std::string_view::npos) reject("a NUL");
+  const std::string_view last = path.substr(path.rfind('/') + 1);  // all of it when there is no slash
+  if (last.empty() || last == "." || last == "..") reject("a directory");
+  memory_name result{.scheme = memory_scheme::file, .name = std::string{path}};
+  if (path.front() != '/') {
+    std::error_code error;
+    const std::string here = std::filesystem::current_path(error).string();
+    if (error) fail_errno(error.value(), result.text() + ": completing the path with the working directory");
+    result.name.insert(0, here.ends_with('/') ? here : here + '/');
+  }
+  if (result.name.size() > longest) reject(std::to_string(result.name.size()) + " bytes");
+  return result;
+}
+
+}  // namespace
+
 memory_name parse_memory_name(std::string_view text) {
-  constexpr std::string_view known = "posix:";
   memory_name result;
   if (const auto colon = text.find(':'); colon != std::string_view::npos) {
-    if (text.substr(0, colon + 1) != known) {
-      fail(errc::unknown_scheme, "channel \"" + printable(text) + "\": expected the scheme \"posix:\" or none, found \"" +
-                                     printable(text.substr(0, colon + 1)) + "\"");
+    const std::string_view scheme = text.substr(0, colon + 1);
+    if (scheme == "file:") return parse_path(text.substr(colon + 1));
+    if (scheme != "posix:") {
+      fail(errc::unknown_scheme, "channel \"" + printable(text) +
+                                     "\": expected the scheme \"posix:\" or \"file:\", or none, found \"" +
+                                     printable(scheme) + "\"");
     }
     text.remove_prefix(colon + 1);
   }
@@ -353,6 +494,26 @@ bool file_locks::held_by_other(std::uint64_t byte) const noexcept {
   return ::fcntl(descriptor_, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
 }
 
+boot_identity this_boot() noexcept {
+  static const boot_identity known = [] {
+    boot_identity read;
+    const int file = ::open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+    if (file < 0) return read;
+    std::array<char, 36> text{};  // 32 digits and four dashes
+    const ::ssize_t got = ::read(file, text.data(), text.size());
+    ::close(file);
+    if (got != static_cast<::ssize_t>(text.size())) return read;
+    for (const char letter : text) {
+      if (letter == '-') continue;
+      const auto digit = static_cast<std::uint64_t>(letter <= '9' ? letter - '0' : letter - 'a' + 10) & 15U;
+      read.high = read.high << 4U | read.low >> 60U;
+      read.low = read.low << 4U | digit;
+    }
+    return read;
+  }();
+  return known;
+}
+
 std::uint32_t fork_generation() noexcept {
   // relaxed: changes only while the process has one thread.
   return locks_of_process().generation.load(std::memory_order_relaxed);
@@ -361,7 +522,7 @@ std::uint32_t fork_generation() noexcept {
 segment open_segment(const memory_name& name, open_mode mode, const segment_plan& plan, std::size_t header_bytes,
                      const std::function<verdict(std::span<const std::byte>, std::uint64_t, const file_locks&)>& examine,
                      const std::function<std::size_t(std::span<const std::byte>)>& bytes_to_map) {
-  const std::string path = path_of(name);
+  const std::string path = name.path();
   for (;;) {
     // O_NOFOLLOW: a link that somebody planted under the name leads nowhere. O_NONBLOCK: neither does a FIFO.
     segment found;
@@ -370,15 +531,16 @@ segment open_segment(const memory_name& name, open_mode mode, const segment_plan
     if (descriptor < 0) {
       if (errno != ENOENT) fail_to_open(name, path, errno);
       if (mode == open_mode::open) fail_errno(ENOENT, name.text() + ": expected an existing channel at " + path);
-      segment made = make_nameless(name, plan);
-      if (give_name(name, made.locks.descriptor())) return made;
+      nursling made{name, plan.mode};
+      made.grow(plan);
+      if (made.give_name()) return made.take();
       continue;  // somebody else was faster: open his
     }
     struct ::stat file{};
     if (::fstat(descriptor, &file) != 0) fail_errno(errno, name.text() + ": looking at " + path);
     if (!S_ISREG(file.st_mode)) {
       fail(errc::foreign_segment,
-           name.text() + ": expected a shared-memory file at " + path + ", found " + kind_of(file.st_mode));
+           name.text() + ": expected a regular file at " + path + ", found " + kind_of(file.st_mode));
     }
     // A foreign file must stay as it is, and its locks are not ours to wait for: look before we lock.
     std::vector<std::byte> header(header_bytes);
@@ -389,7 +551,7 @@ segment open_segment(const memory_name& name, open_mode mode, const segment_plan
     };
     (void)bytes_to_map(read_header());
     found.locks.lock(gate_byte);
-    if (!still_named(name, descriptor)) continue;  // the last one left while we waited for the gate
+    if (!still_named(path, descriptor)) continue;  // the last one left while we waited for the gate
     const auto seen = read_header();
     if (::fstat(descriptor, &file) != 0) fail_errno(errno, name.text() + ": looking at " + path);
     const auto size = static_cast<std::uint64_t>(file.st_size);
@@ -401,9 +563,12 @@ segment open_segment(const memory_name& name, open_mode mode, const segment_plan
     if (mode == open_mode::create) {
       fail_errno(EEXIST, name.text() + ": expected no channel at " + path + ", found one");
     }
+    // Its creator died between giving it its name and taking away the one that it was made under.
+    const std::string makeshift = makeshift_path(path);
+    if (file.st_nlink > 1 && still_named(makeshift, descriptor)) ::unlink(makeshift.c_str());
     const std::size_t bytes = bytes_to_map(seen);
     // It was allocated when it was made, but a copy of it, or one that was cut and extended, has holes.
-    allocate(descriptor, bytes, name.text());
+    allocate(descriptor, bytes, true, name);
     found.map = mapping::of_file(descriptor, bytes, std::nullopt, name.text());
     found.map.populate();
     return found;
@@ -411,14 +576,15 @@ segment open_segment(const memory_name& name, open_mode mode, const segment_plan
 }
 
 void remove_name(const memory_name& name, const file_locks& locks) noexcept {
-  if (still_named(name, locks.descriptor())) ::unlink(path_of(name).c_str());
+  const std::string path = name.path();
+  if (still_named(path, locks.descriptor())) ::unlink(path.c_str());
 }
 
 namespace {
 
 /// Opens what is under the name, to be looked at; throws when it is no file.
 segment_look open_to_look(const memory_name& name, int access) {
-  const std::string path = path_of(name);
+  const std::string path = name.path();
   segment_look look;
   // O_NOFOLLOW and O_NONBLOCK: as in open_segment.
   look.locks = file_locks{path.c_str(), access | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0};
@@ -427,7 +593,7 @@ segment_look open_to_look(const memory_name& name, int access) {
   if (::fstat(look.locks.descriptor(), &file) != 0) fail_errno(errno, name.text() + ": looking at " + path);
   if (!S_ISREG(file.st_mode)) {
     fail(errc::foreign_segment,
-         name.text() + ": expected a shared-memory file at " + path + ", found " + kind_of(file.st_mode));
+         name.text() + ": expected a regular file at " + path + ", found " + kind_of(file.st_mode));
   }
   return look;
 }
@@ -436,10 +602,10 @@ segment_look open_to_look(const memory_name& name, int access) {
 ::uid_t read_beginning(const memory_name& name, std::size_t header_bytes, segment_look& look) {
   look.header.resize(header_bytes);
   const ::ssize_t got = ::pread(look.locks.descriptor(), look.header.data(), header_bytes, 0);
-  if (got < 0) fail_errno(errno, name.text() + ": reading the header of " + path_of(name));
+  if (got < 0) fail_errno(errno, name.text() + ": reading the header of " + name.path());
   look.header.resize(static_cast<std::size_t>(got));
   struct ::stat file{};
-  if (::fstat(look.locks.descriptor(), &file) != 0) fail_errno(errno, name.text() + ": looking at " + path_of(name));
+  if (::fstat(look.locks.descriptor(), &file) != 0) fail_errno(errno, name.text() + ": looking at " + name.path());
   look.size = static_cast<std::uint64_t>(file.st_size);
   return file.st_uid;
 }
@@ -489,7 +655,7 @@ void remove_segment(const memory_name& name, std::size_t header_bytes,
       fail(errc::end_in_use,
            name.text() + ": expected a channel in which nobody lives, found somebody who is entering or leaving");
     }
-    if (!still_named(name, look.locks.descriptor())) continue;  // look at what is there now, if anything
+    if (!still_named(name.path(), look.locks.descriptor())) continue;  // look at what is there now, if anything
     look.gate_held = false;
     const ::uid_t owner = read_beginning(name, header_bytes, look);
     examine(look);

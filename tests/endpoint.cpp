@@ -301,8 +301,8 @@ TEST_CASE("endpoint: a header that is not ours is refused whoever lives in it") 
     check_both_refused<order>(name, expected, words, all_modes);
   };
   refused(offsetof(segment_header, magic), std::uint64_t{0x1234}, errc::foreign_segment, {"expected a strait segment"});
-  refused(offsetof(segment_header, layout_version), std::uint32_t{2}, errc::version_mismatch,
-          {"expected layout version 1", "found 2"});
+  refused(offsetof(segment_header, layout_version), std::uint32_t{3}, errc::version_mismatch,
+          {"expected layout version 2", "found 3"});
   refused(offsetof(segment_header, layout_version), std::uint32_t{0}, errc::version_mismatch, {"found 0"});
   const auto sane = {std::string_view{"agree with each other"}};
   refused(offsetof(segment_header, header_bytes), std::uint32_t{640}, errc::layout_mismatch, sane);

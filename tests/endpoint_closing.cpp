@@ -11,6 +11,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <thread>
 #include <tuple>
@@ -61,21 +62,23 @@ pair_of_ends under(const channel_name& name, const strait::channel_options& opti
   return made;
 }
 
-/// The same for both kinds of memory.
+/// The same for every memory.
 template <class Check>
-void for_both_memories(const strait::channel_options& options, Check&& check) {
+void for_every_memory(const strait::channel_options& options, Check&& check) {
   {
     INFO("private");
     auto ends = in_this_process(options);
     check(ends);
   }
-  INFO("posix");
-  const channel_name name{"closing"};
-  {
-    auto ends = under(name, options);
-    check(ends);
+  for (const std::string_view scheme : test::named_memories) {
+    INFO(std::string{scheme});
+    const channel_name name{"closing", scheme};
+    {
+      auto ends = under(name, options);
+      check(ends);
+    }
+    CHECK(name.exists() == name.outlives_its_ends());
   }
-  CHECK_FALSE(name.exists());
 }
 
 void wait_until(const std::atomic<std::uint32_t>& word, presence what) {
@@ -92,7 +95,7 @@ auto attempt(Awaitable operation) -> std::optional<decltype(operation.await_resu
 }  // namespace
 
 TEST_CASE("closing: a receiver that closes tells a thread that waits for room") {
-  for_both_memories({.capacity = 2, .wait = strait::wait_policy::park}, [](pair_of_ends& ends) {
+  for_every_memory({.capacity = 2, .wait = strait::wait_policy::park}, [](pair_of_ends& ends) {
     for (number i = 0; i < 2; ++i) REQUIRE(ends.tx.try_send(i));
     std::error_code error;
     std::thread waiting{[&] { ends.tx.blocking_send(2, error); }};
@@ -112,7 +115,7 @@ TEST_CASE("closing: a receiver that closes tells a thread that waits for room") 
 }
 
 TEST_CASE("closing: a receiver that closes tells a coroutine that waits for room") {
-  for_both_memories({.capacity = 2}, [](pair_of_ends& ends) {
+  for_every_memory({.capacity = 2}, [](pair_of_ends& ends) {
     for (number i = 0; i < 2; ++i) REQUIRE(ends.tx.try_send(i));
     strait::runtime rt;
     std::error_code error;
@@ -137,7 +140,7 @@ TEST_CASE("closing: a send that throws `closed` names the channel") {
 }
 
 TEST_CASE("closing: what was sent is delivered before the end, and the end stays") {
-  for_both_memories({.capacity = 8}, [](pair_of_ends& ends) {
+  for_every_memory({.capacity = 8}, [](pair_of_ends& ends) {
     for (number i = 0; i < 5; ++i) REQUIRE(ends.tx.try_send(i));
     ends.tx.close();
     CHECK_FALSE(ends.rx.is_closed());  // there is something yet
@@ -165,7 +168,7 @@ TEST_CASE("closing: what was sent is delivered before the end, and the end stays
 }
 
 TEST_CASE("closing: a sender that closes tells a thread and a coroutine that wait for a message") {
-  for_both_memories({.capacity = 2, .wait = strait::wait_policy::park}, [](pair_of_ends& ends) {
+  for_every_memory({.capacity = 2, .wait = strait::wait_policy::park}, [](pair_of_ends& ends) {
     std::optional<number> got = 1;
     std::thread waiting{[&] { got = ends.rx.blocking_recv(); }};
     wait_until(*ends.receiver_word, presence::thread_parked);
@@ -173,7 +176,7 @@ TEST_CASE("closing: a sender that closes tells a thread and a coroutine that wai
     waiting.join();
     CHECK_FALSE(got);
   });
-  for_both_memories({.capacity = 2}, [](pair_of_ends& ends) {
+  for_every_memory({.capacity = 2}, [](pair_of_ends& ends) {
     strait::runtime rt;
     int messages = 0;
     rt.spawn([](strait::receiver<number>& rx, int& count) -> strait::task<> {
@@ -191,7 +194,7 @@ TEST_CASE("closing: a sender that closes tells a thread and a coroutine that wai
 }
 
 TEST_CASE("closing: the destructor closes, and so does the assignment of another end") {
-  for_both_memories({.capacity = 2}, [](pair_of_ends& ends) {
+  for_every_memory({.capacity = 2}, [](pair_of_ends& ends) {
     REQUIRE(ends.tx.try_send(number{1}));
     {
       const auto gone = std::move(ends.tx);
@@ -199,13 +202,13 @@ TEST_CASE("closing: the destructor closes, and so does the assignment of another
     CHECK(ends.rx.try_recv() == 1U);
     CHECK_FALSE(ends.rx.blocking_recv());
   });
-  for_both_memories({.capacity = 2}, [](pair_of_ends& ends) {
+  for_every_memory({.capacity = 2}, [](pair_of_ends& ends) {
     {
       const auto gone = std::move(ends.rx);
     }
     CHECK(ends.tx.is_closed());
   });
-  for_both_memories({.capacity = 2}, [](pair_of_ends& ends) {
+  for_every_memory({.capacity = 2}, [](pair_of_ends& ends) {
     auto other = in_this_process({.capacity = 4});
     REQUIRE(ends.tx.try_send(number{1}));
     ends.tx = std::move(other.tx);

@@ -113,7 +113,7 @@ TEST_CASE("memory: a name is taken apart, and without a scheme it is a POSIX one
 }
 
 TEST_CASE("memory: an unknown scheme is refused by name") {
-  check_refused(errc::unknown_scheme, {"posix:", "\"shm:\"", "shm:orders"},
+  check_refused(errc::unknown_scheme, {"\"posix:\"", "\"file:\"", "\"shm:\"", "shm:orders"},
                 [] { (void)strait::parse_memory_name("shm:orders"); });
   check_refused(errc::unknown_scheme, {"\"Posix:\""}, [] { (void)strait::parse_memory_name("Posix:orders"); });
   check_refused(errc::unknown_scheme, {"\":\""}, [] { (void)strait::parse_memory_name(":orders"); });
@@ -277,8 +277,8 @@ TEST_CASE("memory: a child of fork holds no lock and drops none") {
   CHECK(strait::fork_generation() == generation);
 }
 
-TEST_CASE("memory: a segment appears whole, and its gate is held") {
-  const channel_name name{"whole"};
+TEST_CASE_TEMPLATE("memory: a segment appears whole, and its gate is held", memory, STRAIT_NAMED_MEMORIES) {
+  const channel_name name{"whole", memory::scheme};
   const auto parsed = strait::parse_memory_name(name.text());
   auto made = test_segment{.name = parsed}.open();
   CHECK(made.created);
@@ -309,8 +309,8 @@ TEST_CASE("memory: a segment appears whole, and its gate is held") {
   CHECK_FALSE(name.exists());
 }
 
-TEST_CASE("memory: create and open say what they expected of the name") {
-  const channel_name name{"modes"};
+TEST_CASE_TEMPLATE("memory: create and open say what they expected of the name", memory, STRAIT_NAMED_MEMORIES) {
+  const channel_name name{"modes", memory::scheme};
   const auto parsed = strait::parse_memory_name(name.text());
   check_refused(std::error_code{ENOENT, std::system_category()}, {name.text(), "an existing channel", name.path()},
                 [&] { (void)test_segment{.name = parsed, .mode = open_mode::open}.open(); });
@@ -327,8 +327,8 @@ TEST_CASE("memory: create and open say what they expected of the name") {
   CHECK_FALSE(test_segment{.name = parsed}.open().created);
 }
 
-TEST_CASE("memory: what is to be replaced is replaced, by a file of its own") {
-  const channel_name name{"replace"};
+TEST_CASE_TEMPLATE("memory: what is to be replaced is replaced, by a file of its own", memory, STRAIT_NAMED_MEMORIES) {
+  const channel_name name{"replace", memory::scheme};
   const auto parsed = strait::parse_memory_name(name.text());
   auto old = test_segment{.name = parsed}.open();
   old.map.data()[200] = std::byte{1};
@@ -347,11 +347,11 @@ TEST_CASE("memory: what is to be replaced is replaced, by a file of its own") {
   strait::remove_name(parsed, replaced.locks);  // once more is harmless
 }
 
-TEST_CASE("memory: the mode is what was asked for, whatever the umask") {
+TEST_CASE_TEMPLATE("memory: the mode is what was asked for, whatever the umask", memory, STRAIT_NAMED_MEMORIES) {
   const ::mode_t before = ::umask(0077);
   for (const unsigned mode : {0600U, 0640U, 0660U, 0666U, 0400U}) {
     CAPTURE(mode);
-    const channel_name name{"mode"};
+    const channel_name name{"mode", memory::scheme};
     auto made = test_segment{.name = strait::parse_memory_name(name.text()), .permissions = mode}.open();
     struct ::stat file{};
     REQUIRE(::stat(name.path().c_str(), &file) == 0);
@@ -360,11 +360,11 @@ TEST_CASE("memory: the mode is what was asked for, whatever the umask") {
   ::umask(before);
 }
 
-TEST_CASE("memory: a foreign file under the name stays as it is") {
+TEST_CASE_TEMPLATE("memory: a foreign file under the name stays as it is", memory, STRAIT_NAMED_MEMORIES) {
   const std::vector<char> contents[] = {{}, {'x'}, std::vector<char>(100'000, 'y'), {'a', ' ', 's', 'e', 'g'}};
   for (const auto& content : contents) {
     CAPTURE(content.size());
-    const channel_name name{"foreign"};
+    const channel_name name{"foreign", memory::scheme};
     test::write_file(name.path(), content);
     const auto before = state_of(name.path());
     for (const auto mode : {open_mode::open_or_create, open_mode::create, open_mode::open}) {
@@ -375,8 +375,8 @@ TEST_CASE("memory: a foreign file under the name stays as it is") {
   }
 }
 
-TEST_CASE("memory: the lock of a foreign file is not waited for") {
-  const channel_name name{"foreign-locked"};
+TEST_CASE_TEMPLATE("memory: the lock of a foreign file is not waited for", memory, STRAIT_NAMED_MEMORIES) {
+  const channel_name name{"foreign-locked", memory::scheme};
   test::write_file(name.path(), {'x'});
   strait::file_locks other{name.path().c_str(), O_RDWR | O_CLOEXEC, 0};
   REQUIRE(other.try_lock(strait::gate_byte));
@@ -385,9 +385,9 @@ TEST_CASE("memory: the lock of a foreign file is not waited for") {
   });
 }
 
-TEST_CASE("memory: what is no file at all is called by its kind and stays") {
-  const channel_name name{"kind"};
-  const channel_name target{"target"};
+TEST_CASE_TEMPLATE("memory: what is no file at all is called by its kind and stays", memory, STRAIT_NAMED_MEMORIES) {
+  const channel_name name{"kind", memory::scheme};
+  const channel_name target{"target", memory::scheme};
   std::string kind;
   SUBCASE("a directory") {
     kind = "a directory";
@@ -426,10 +426,10 @@ TEST_CASE("memory: what is no file at all is called by its kind and stays") {
   }
 }
 
-TEST_CASE("memory: many creators at once make one segment") {
+TEST_CASE_TEMPLATE("memory: many creators at once make one segment", memory, STRAIT_NAMED_MEMORIES) {
   constexpr int creators = 8;
   for (int round = 0; round < 25; ++round) {
-    const channel_name name{"race"};
+    const channel_name name{"race", memory::scheme};
     const auto parsed = strait::parse_memory_name(name.text());
     std::atomic<int> created{0};
     std::atomic<int> entered{0};

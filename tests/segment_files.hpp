@@ -1,5 +1,5 @@
 #pragma once
-/// Names in /dev/shm for tests, what lies under them, and refusals.
+/// Names in every memory for tests, what lies under them, and refusals.
 #include <doctest/doctest.h>
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <cstddef>
+#include <filesystem>
 #include <fstream>
 #include <initializer_list>
 #include <iterator>
@@ -19,11 +20,24 @@
 
 namespace test {
 
+/// The memories that have names: what TEST_CASE_TEMPLATE takes after the name of its parameter.
+struct posix_memory {
+  static constexpr std::string_view scheme = "posix:";
+};
+struct file_memory {
+  static constexpr std::string_view scheme = "file:";
+};
+#define STRAIT_NAMED_MEMORIES test::posix_memory, test::file_memory
+
+/// The schemes of the same, for loops.
+inline constexpr std::string_view named_memories[] = {posix_memory::scheme, file_memory::scheme};
+
 /// A name that no other test run uses. Whatever a failed test leaves under it is taken away.
 class channel_name {
  public:
-  explicit channel_name(std::string_view what) {
+  explicit channel_name(std::string_view what, std::string_view scheme = posix_memory::scheme) : scheme_{scheme} {
     static int count = 0;
+    directory_ = scheme == file_memory::scheme ? std::filesystem::temp_directory_path().string() + '/' : "/dev/shm/";
     name_ = "strait-test-" + std::to_string(::getpid()) + '-' + std::to_string(++count) + '-' + std::string{what};
   }
   channel_name(const channel_name&) = delete;
@@ -32,11 +46,13 @@ class channel_name {
     if (::unlink(path().c_str()) != 0) ::rmdir(path().c_str());
   }
 
-  /// What stands after the scheme.
+  /// The last part of the path; for `posix:` what stands after the scheme.
   [[nodiscard]] const std::string& bare() const noexcept { return name_; }
   /// What the user would write.
-  [[nodiscard]] std::string text() const { return "posix:" + name_; }
-  [[nodiscard]] std::string path() const { return "/dev/shm/" + name_; }
+  [[nodiscard]] std::string text() const { return scheme_ + (outlives_its_ends() ? path() : name_); }
+  [[nodiscard]] std::string path() const { return directory_ + name_; }
+  /// Whether the name is there when the last end has left.
+  [[nodiscard]] bool outlives_its_ends() const { return scheme_ == file_memory::scheme; }
   /// Whether there is anything under the name.
   [[nodiscard]] bool exists() const {
     struct ::stat file{};
@@ -44,6 +60,8 @@ class channel_name {
   }
 
  private:
+  std::string scheme_;
+  std::string directory_;
   std::string name_;
 };
 

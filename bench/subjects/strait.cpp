@@ -4,8 +4,12 @@
 
 #include <algorithm>
 #include <exception>
+#include <filesystem>
 #include <optional>
 #include <span>
+#include <string>
+#include <string_view>
+#include <system_error>
 #include <vector>
 
 #include <fmt/format.h>
@@ -25,8 +29,17 @@ struct strait::message_traits<bench::message<Bytes>> {
 namespace bench {
 namespace {
 
-std::string channel_name(std::uint64_t nonce, std::string_view way) {
+std::string bare_name(std::uint64_t nonce, std::string_view way) {
   return fmt::format("strait-demo.{:016x}.{}", nonce, way);
+}
+
+std::string file_path(std::uint64_t nonce, std::string_view way) {
+  return std::filesystem::temp_directory_path() / bare_name(nonce, way);
+}
+
+std::string channel_name(const end& self, std::string_view way) {
+  if (self.memory() == memory::file) return "file:" + file_path(self.nonce(), way);
+  return "posix:" + bare_name(self.nonce(), way);
 }
 
 /// The stream ended although nobody was asked to end it.
@@ -163,8 +176,8 @@ template <class M>
 strait::task<> work_of(end& self) {
   strait::channel_options options{.capacity = capacity_for(sizeof(M))};
   if (self.kind() == work::parked) options.wait = strait::wait_policy::park;
-  const std::string there = channel_name(self.nonce(), "there");
-  const std::string back = channel_name(self.nonce(), "back");
+  const std::string there = channel_name(self, "there");
+  const std::string back = channel_name(self, "back");
   const bool pings = self.kind() == work::spin || self.kind() == work::parked;
   if (self.producing()) {
     auto tx = strait::open_sender<M>(there, options);
@@ -190,7 +203,11 @@ link connect(const job&) {
 
 /// The names go as soon as both ends are in, so that nothing is left whatever ends them.
 void forget_names(std::uint64_t nonce) {
-  for (const std::string_view way : {"there", "back"}) ::shm_unlink(("/" + channel_name(nonce, way)).c_str());
+  for (const std::string_view way : {"there", "back"}) {
+    ::shm_unlink(("/" + bare_name(nonce, way)).c_str());
+    std::error_code ignored;  // most runs make no file
+    std::filesystem::remove(file_path(nonce, way), ignored);
+  }
 }
 
 }  // namespace

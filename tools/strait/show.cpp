@@ -56,7 +56,12 @@ bool is_visible(char32_t c) {
 }
 
 std::string_view scheme_of(const channel_state& channel) {
-  return channel.name.scheme == strait::memory_scheme::posix ? "posix" : "private";
+  switch (channel.name.scheme) {
+    case strait::memory_scheme::private_memory: return "private";
+    case strait::memory_scheme::posix: return "posix";
+    case strait::memory_scheme::file: return "file";
+  }
+  return "unknown";
 }
 
 std::string_view state_of(const end_state& end) {
