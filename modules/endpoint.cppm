@@ -36,7 +36,9 @@ export namespace strait {
 
 enum class role : std::uint32_t { sender = 0, receiver = 1 };
 inline constexpr std::size_t role_count = 2;
-[[nodiscard]] constexpr role other(role r) noexcept { return r == role::sender ? role::receiver : role::sender; }
+[[nodiscard]] constexpr role other(role r) noexcept {
+  return r == role::sender ? role::receiver : role::sender;
+}
 [[nodiscard]] constexpr std::string_view to_string(role r) noexcept {
   return r == role::sender ? "sender" : "receiver";
 }
@@ -138,9 +140,12 @@ enum class news : std::uint8_t { none, closed, died, corrupt };
 
 [[nodiscard]] constexpr errc to_errc(news n) noexcept {
   switch (n) {
-    case news::died: return errc::peer_died;
-    case news::corrupt: return errc::corrupt;
-    default: return errc::closed;
+    case news::died:
+      return errc::peer_died;
+    case news::corrupt:
+      return errc::corrupt;
+    default:
+      return errc::closed;
   }
 }
 
@@ -197,10 +202,12 @@ class endpoint final : private process_watcher {
       const std::uint64_t committed = them.died_at.load(std::memory_order_relaxed);
       if (position >= committed) return news::died;
       // Nobody commits more than the lane holds; who believed it would wait for ever.
-      if (committed - position > capacity_) [[unlikely]] return found_rubbish();
+      if (committed - position > capacity_) [[unlikely]]
+        return found_rubbish();
     }
     const std::uint32_t word = them.presence.load(std::memory_order_acquire);
-    if (!is_presence(word)) [[unlikely]] return found_rubbish();
+    if (!is_presence(word)) [[unlikely]]
+      return found_rubbish();
     const auto now = static_cast<presence>(word);
     if (now == presence::closed) return news::closed;
     if (now != presence::vacant && now != presence::dead && entered_ &&
@@ -265,8 +272,7 @@ class endpoint final : private process_watcher {
   endpoint() = default;
   [[nodiscard]] inline end_entry& own() const noexcept { return *own_; }
   [[nodiscard]] inline end_entry& peer() const noexcept { return *peer_; }
-  void adopt(segment_header& header, const segment_header& checked, role mine,
-             const channel_options& options) noexcept;
+  void adopt(segment_header& header, const segment_header& checked, role mine, const channel_options& options) noexcept;
   void enter();
   void watch_peer() noexcept;
   [[gnu::cold]] news found_rubbish() noexcept {
@@ -364,11 +370,16 @@ enum class channel_condition : std::uint8_t {
 };
 [[nodiscard]] constexpr std::string_view to_string(channel_condition c) noexcept {
   switch (c) {
-    case channel_condition::live: return "live";
-    case channel_condition::stale: return "stale";
-    case channel_condition::damaged: return "damaged";
-    case channel_condition::other_version: return "other version";
-    case channel_condition::no_permission: return "no permission";
+    case channel_condition::live:
+      return "live";
+    case channel_condition::stale:
+      return "stale";
+    case channel_condition::damaged:
+      return "damaged";
+    case channel_condition::other_version:
+      return "other version";
+    case channel_condition::no_permission:
+      return "no permission";
   }
   return "unknown";
 }

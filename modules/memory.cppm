@@ -177,11 +177,11 @@ enum class verdict : std::uint8_t {
 ///
 /// Waits: parks while another end is entering or leaving. Allocates: the segment. Errors: `no_space`, `no_permission`,
 /// `foreign_segment` for what is no file, what `examine` throws, or the errno of the failing call. Complexity: a dozen system calls; touching the pages dominates.
-[[nodiscard]] segment open_segment(
-    const memory_name& name, open_mode mode, const segment_plan& plan, std::size_t header_bytes,
-    const std::function<verdict(std::span<const std::byte> header, std::uint64_t size, const file_locks& locks)>&
-        examine,
-    const std::function<std::size_t(std::span<const std::byte> header)>& bytes_to_map);
+[[nodiscard]] segment open_segment(const memory_name& name, open_mode mode, const segment_plan& plan,
+                                   std::size_t header_bytes,
+                                   const std::function<verdict(std::span<const std::byte> header, std::uint64_t size,
+                                                               const file_locks& locks)>& examine,
+                                   const std::function<std::size_t(std::span<const std::byte> header)>& bytes_to_map);
 
 /// Takes the name away if it still names the segment behind `locks`. The gate must be held.
 void remove_name(const memory_name& name, const file_locks& locks) noexcept;

@@ -52,12 +52,18 @@ enum class presence : std::uint32_t {
 
 [[nodiscard]] constexpr std::string_view to_string(presence p) noexcept {
   switch (p) {
-    case presence::vacant: return "vacant";
-    case presence::awake: return "awake";
-    case presence::thread_parked: return "thread_parked";
-    case presence::hub_parked: return "hub_parked";
-    case presence::closed: return "closed";
-    case presence::dead: return "dead";
+    case presence::vacant:
+      return "vacant";
+    case presence::awake:
+      return "awake";
+    case presence::thread_parked:
+      return "thread_parked";
+    case presence::hub_parked:
+      return "hub_parked";
+    case presence::closed:
+      return "closed";
+    case presence::dead:
+      return "dead";
   }
   return "corrupt";
 }
@@ -118,8 +124,8 @@ inline void announce(Word& word, presence parked) noexcept {
 template <class Word>
 inline bool take_back(Word& word) noexcept {
   // acq_rel: a ringer's compare-exchange released what it published before it rang; we are about to read that.
-  const auto was = static_cast<presence>(
-      word.exchange(static_cast<std::uint32_t>(presence::awake), std::memory_order_acq_rel));
+  const auto was =
+      static_cast<presence>(word.exchange(static_cast<std::uint32_t>(presence::awake), std::memory_order_acq_rel));
   return was == presence::thread_parked || was == presence::hub_parked;
 }
 
@@ -345,7 +351,9 @@ class spin_budget {
   }
 
   /// How long to spin now, in nanoseconds.
-  [[nodiscard]] inline std::int64_t length() const noexcept { return policy_ == wait_policy::busy ? longest_ : budget_; }
+  [[nodiscard]] inline std::int64_t length() const noexcept {
+    return policy_ == wait_policy::busy ? longest_ : budget_;
+  }
 
   inline void answered() noexcept { grow(); }
   inline void in_vain() noexcept { budget_ = budget_ / 2 < shortest ? 0 : budget_ / 2; }

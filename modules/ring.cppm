@@ -38,7 +38,9 @@ inline void cpu_relax() noexcept {
 }
 
 /// Fetches the line of `address` for reading, without waiting for it.
-inline void prefetch_for_reading(const void* address) noexcept { __builtin_prefetch(address, 0, 3); }
+inline void prefetch_for_reading(const void* address) noexcept {
+  __builtin_prefetch(address, 0, 3);
+}
 
 /// Fetches the line of `address` for writing, taking it from the CPU that has it, without waiting for it.
 inline void prefetch_for_writing(const void* address) noexcept {

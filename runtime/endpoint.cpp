@@ -26,14 +26,18 @@ namespace {
 
 constexpr std::size_t default_capacity = 1024;
 
-constexpr std::uint64_t byte_of(role r) noexcept { return gate_byte + 1 + static_cast<std::uint64_t>(r); }
+constexpr std::uint64_t byte_of(role r) noexcept {
+  return gate_byte + 1 + static_cast<std::uint64_t>(r);
+}
 
 bool looks_alive(std::uint32_t word) noexcept {
   const auto now = static_cast<presence>(word);
   return now == presence::awake || now == presence::thread_parked || now == presence::hub_parked;
 }
 
-std::uint64_t round_up(std::uint64_t value, std::uint64_t step) noexcept { return (value + step - 1) / step * step; }
+std::uint64_t round_up(std::uint64_t value, std::uint64_t step) noexcept {
+  return (value + step - 1) / step * step;
+}
 
 std::uint64_t slots_offset_for(std::uint32_t alignment) noexcept {
   return round_up(sizeof(segment_header), std::max<std::uint64_t>(alignment, line_padding));
@@ -69,7 +73,9 @@ void fill_header(segment_header& header, const message_shape& shape, std::uint64
   header.magic = segment_header::expected_magic;
 }
 
-std::string quoted(std::string_view name) { return name.empty() ? "unnamed" : '"' + std::string{name} + '"'; }
+std::string quoted(std::string_view name) {
+  return name.empty() ? "unnamed" : '"' + std::string{name} + '"';
+}
 
 std::string_view name_in(const segment_header& header) {
   return {header.message_name, ::strnlen(header.message_name, sizeof header.message_name)};
@@ -119,9 +125,9 @@ bool words_are_sound(const segment_header& header, bool inhabited) noexcept {
   for (const end_entry& entry : header.ends) {
     if (!is_presence(entry.presence.load(std::memory_order_relaxed))) return false;
   }
-  return inhabited || header.lane.tail.load(std::memory_order_relaxed) -
-                              header.lane.head.load(std::memory_order_relaxed) <=
-                          header.capacity;
+  return inhabited ||
+         header.lane.tail.load(std::memory_order_relaxed) - header.lane.head.load(std::memory_order_relaxed) <=
+             header.capacity;
 }
 
 bool of_this_boot(const end_entry& entry) noexcept {
@@ -287,8 +293,8 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     }
     const auto& entry = header.ends[static_cast<std::size_t>(mine)];
     if (options.open != open_mode::create && locks.held_by_other(byte_of(mine))) {
-      fail(errc::end_in_use, channel + ": expected no living " + std::string{to_string(mine)} + ", found one in process " +
-                                 std::to_string(entry.pid.load(std::memory_order_relaxed)));
+      fail(errc::end_in_use, channel + ": expected no living " + std::string{to_string(mine)} +
+                                 ", found one in process " + std::to_string(entry.pid.load(std::memory_order_relaxed)));
     }
     return verdict::enter;
   };
@@ -344,8 +350,7 @@ void endpoint::enter() {
   mine.incarnation.fetch_add(1, std::memory_order_release);
   // Whoever comes to a dead peer is told once, like a survivor.
   const std::uint32_t last_death = peer().last_death.load(std::memory_order_relaxed);
-  const bool found_dead =
-      static_cast<presence>(peer().presence.load(std::memory_order_relaxed)) == presence::dead;
+  const bool found_dead = static_cast<presence>(peer().presence.load(std::memory_order_relaxed)) == presence::dead;
   death_seen_ = found_dead ? last_death - 1 : last_death;
   entered_ = true;
   // release: pairs with the acquire in look_at_peer.
@@ -357,7 +362,9 @@ void endpoint::enter() {
   locks.unlock(gate_byte);
 }
 
-endpoint::~endpoint() { close(); }
+endpoint::~endpoint() {
+  close();
+}
 
 void endpoint::close() noexcept {
   if (private_) {
@@ -383,11 +390,10 @@ void endpoint::close() noexcept {
   ring(claim_ring(peer_word(), barrier_));
   if (at_the_gate && !segment_.locks.held_by_other(byte_of(other(role_)))) {
     // Messages for a receiver that has yet to come keep the name; otherwise the last one out removes it.
-    const bool undelivered = header_->lane.tail.load(std::memory_order_relaxed) !=
-                             header_->lane.head.load(std::memory_order_relaxed);
+    const bool undelivered =
+        header_->lane.tail.load(std::memory_order_relaxed) != header_->lane.head.load(std::memory_order_relaxed);
     const bool receiver_to_come =
-        role_ == role::sender &&
-        static_cast<presence>(peer_word().load(std::memory_order_relaxed)) == presence::vacant;
+        role_ == role::sender && static_cast<presence>(peer_word().load(std::memory_order_relaxed)) == presence::vacant;
     if (!(undelivered && receiver_to_come) && !name_.outlives_its_ends()) remove_name(name_, segment_.locks);
   }
   // Closing the descriptor, in the destructor of segment_, drops this end's lock and the gate at once.

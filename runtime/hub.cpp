@@ -426,8 +426,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
     looked_ = 0;
     const bool alone = waiters_.single();
     if (cursor_ == nullptr) cursor_ = waiters_.first();
-    while (cursor_ != nullptr && completed < completions_between_clocks &&
-           !failed_.load(std::memory_order_relaxed)) {
+    while (cursor_ != nullptr && completed < completions_between_clocks && !failed_.load(std::memory_order_relaxed)) {
       hub_waiter& waiter = *cursor_;
       cursor_ = waiter.next;
       ++looked_;
@@ -506,8 +505,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
   /// Whether others have waited long enough.
   [[nodiscard]] bool leave(bool shared, std::int64_t elapsed) const noexcept {
     return (shared && elapsed >= slice_ns) || stopped_.load(std::memory_order_relaxed) ||
-           failed_.load(std::memory_order_relaxed) ||
-           shared != shared_.load(std::memory_order_relaxed);
+           failed_.load(std::memory_order_relaxed) || shared != shared_.load(std::memory_order_relaxed);
   }
 
   static constexpr std::int64_t forever = std::numeric_limits<std::int64_t>::max();
@@ -653,8 +651,12 @@ asio::execution_context::id asio_hub::id;
 
 }  // namespace
 
-hub* hub::current() noexcept { return current_hub; }
-void hub::set_current(hub* of_worker) noexcept { current_hub = of_worker; }
+hub* hub::current() noexcept {
+  return current_hub;
+}
+void hub::set_current(hub* of_worker) noexcept {
+  current_hub = of_worker;
+}
 
 // Of no module, so that <strait/asio.hpp> can declare it: an interface unit would need Asio for that.
 extern "C++" hub& hub_of(const asio::any_io_executor& executor) {

@@ -61,12 +61,18 @@ std::string printable(std::string_view text) {
 
 std::string kind_of(::mode_t mode) {
   switch (mode & S_IFMT) {
-    case S_IFREG: return "a file";
-    case S_IFDIR: return "a directory";
-    case S_IFLNK: return "a symbolic link";
-    case S_IFIFO: return "a FIFO";
-    case S_IFSOCK: return "a socket";
-    default: return "a device";
+    case S_IFREG:
+      return "a file";
+    case S_IFDIR:
+      return "a directory";
+    case S_IFLNK:
+      return "a symbolic link";
+    case S_IFIFO:
+      return "a FIFO";
+    case S_IFSOCK:
+      return "a socket";
+    default:
+      return "a device";
   }
 }
 
@@ -303,18 +309,24 @@ class nursling {
 
 std::string memory_name::text() const {
   switch (scheme) {
-    case memory_scheme::private_memory: return "private memory";
-    case memory_scheme::posix: return "posix:" + name;
-    case memory_scheme::file: return "file:" + name;
+    case memory_scheme::private_memory:
+      return "private memory";
+    case memory_scheme::posix:
+      return "posix:" + name;
+    case memory_scheme::file:
+      return "file:" + name;
   }
   return name;
 }
 
 std::string memory_name::path() const {
   switch (scheme) {
-    case memory_scheme::private_memory: return {};
-    case memory_scheme::posix: return std::string{shm_directory} + name;
-    case memory_scheme::file: return name;
+    case memory_scheme::private_memory:
+      return {};
+    case memory_scheme::posix:
+      return std::string{shm_directory} + name;
+    case memory_scheme::file:
+      return name;
   }
   return {};
 }
@@ -519,9 +531,10 @@ std::uint32_t fork_generation() noexcept {
   return locks_of_process().generation.load(std::memory_order_relaxed);
 }
 
-segment open_segment(const memory_name& name, open_mode mode, const segment_plan& plan, std::size_t header_bytes,
-                     const std::function<verdict(std::span<const std::byte>, std::uint64_t, const file_locks&)>& examine,
-                     const std::function<std::size_t(std::span<const std::byte>)>& bytes_to_map) {
+segment open_segment(
+    const memory_name& name, open_mode mode, const segment_plan& plan, std::size_t header_bytes,
+    const std::function<verdict(std::span<const std::byte>, std::uint64_t, const file_locks&)>& examine,
+    const std::function<std::size_t(std::span<const std::byte>)>& bytes_to_map) {
   const std::string path = name.path();
   for (;;) {
     // O_NOFOLLOW: a link that somebody planted under the name leads nowhere. O_NONBLOCK: neither does a FIFO.

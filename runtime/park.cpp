@@ -25,7 +25,9 @@ void attend_forks();
 
 namespace {
 
-int membarrier(int command) noexcept { return static_cast<int>(::syscall(SYS_membarrier, command, 0, 0)); }
+int membarrier(int command) noexcept {
+  return static_cast<int>(::syscall(SYS_membarrier, command, 0, 0));
+}
 
 int registration_command(store_load kind) noexcept {
   return kind == store_load::by_machine_barrier ? MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED
@@ -51,8 +53,12 @@ doorbell_list& doorbells() {
 
 }  // namespace
 
-void lock_doorbells() { doorbells().mutex.lock(); }
-void unlock_doorbells() { doorbells().mutex.unlock(); }
+void lock_doorbells() {
+  doorbells().mutex.lock();
+}
+void unlock_doorbells() {
+  doorbells().mutex.unlock();
+}
 
 bool register_barrier(store_load kind) noexcept {
   if (kind == store_load::by_fence) return true;

@@ -1,8 +1,8 @@
 module;
+#include <pthread.h>
 #include <asio/any_io_executor.hpp>
 #include <asio/executor_work_guard.hpp>
 #include <asio/io_context.hpp>
-#include <pthread.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -70,7 +70,9 @@ struct spawned {
   std::coroutine_handle<promise_type> frame;
 };
 
-spawned run(task<> what) { co_await std::move(what); }
+spawned run(task<> what) {
+  co_await std::move(what);
+}
 
 }  // namespace
 
@@ -250,7 +252,9 @@ runtime::runtime(const runtime_options& options) : state_{std::make_unique<state
 
 runtime::~runtime() = default;
 
-std::size_t runtime::node_count() const noexcept { return state_->nodes.size(); }
+std::size_t runtime::node_count() const noexcept {
+  return state_->nodes.size();
+}
 
 runtime_node& runtime::node(std::size_t index) {
   if (index >= state_->nodes.size()) {
@@ -276,9 +280,13 @@ void runtime::join() {
   if (state_->error) std::rethrow_exception(std::exchange(state_->error, nullptr));
 }
 
-void runtime::stop() noexcept { state_->stop(); }
+void runtime::stop() noexcept {
+  state_->stop();
+}
 
 // Of no module, so that <strait/asio.hpp> can declare it.
-extern "C++" asio::any_io_executor executor(runtime_node& node) { return runtime_access::executor(node); }
+extern "C++" asio::any_io_executor executor(runtime_node& node) {
+  return runtime_access::executor(node);
+}
 
 }  // namespace strait

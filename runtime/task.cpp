@@ -21,7 +21,9 @@ void* allocate_frame(std::size_t bytes) {
   return frame;
 }
 
-void free_frame(void* frame) noexcept { mi_free(frame); }
+void free_frame(void* frame) noexcept {
+  mi_free(frame);
+}
 
 frame_heap::frame_heap() : heap_{mi_heap_new()}, before_{heap_of_thread} {
   if (heap_ == nullptr) throw std::bad_alloc{};
@@ -36,8 +38,12 @@ frame_heap::~frame_heap() {
 
 #else
 
-void* allocate_frame(std::size_t bytes) { return ::operator new(bytes); }
-void free_frame(void* frame) noexcept { ::operator delete(frame); }
+void* allocate_frame(std::size_t bytes) {
+  return ::operator new(bytes);
+}
+void free_frame(void* frame) noexcept {
+  ::operator delete(frame);
+}
 frame_heap::frame_heap() = default;
 frame_heap::~frame_heap() = default;
 

@@ -171,12 +171,19 @@ void run_tuned(end& self) {
 }  // namespace
 
 subject textbook_ring_subject() {
-  return {.name = "textbook-ring", .connect = connect, .run = run_textbook, .variants = {"no PAUSE", "1 PAUSE"}, .is_ring = true};
+  return {.name = "textbook-ring",
+          .connect = connect,
+          .run = run_textbook,
+          .variants = {"no PAUSE", "1 PAUSE"},
+          .is_ring = true};
 }
 
 subject tuned_ring_subject() {
-  return {
-      .name = "tuned-ring", .connect = connect, .run = run_tuned, .variants = {"8 PAUSEs", "32 PAUSEs", "128 PAUSEs"}, .is_ring = true};
+  return {.name = "tuned-ring",
+          .connect = connect,
+          .run = run_tuned,
+          .variants = {"8 PAUSEs", "32 PAUSEs", "128 PAUSEs"},
+          .is_ring = true};
 }
 
 }  // namespace bench

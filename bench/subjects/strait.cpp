@@ -213,7 +213,12 @@ void forget_names(std::uint64_t nonce) {
 }  // namespace
 
 subject strait_subject() {
-  return {.name = "strait", .connect = connect, .run = run, .forget_names = forget_names, .is_ring = true, .pins_itself = true};
+  return {.name = "strait",
+          .connect = connect,
+          .run = run,
+          .forget_names = forget_names,
+          .is_ring = true,
+          .pins_itself = true};
 }
 
 }  // namespace bench

@@ -57,9 +57,12 @@ bool is_visible(char32_t c) {
 
 std::string_view scheme_of(const channel_state& channel) {
   switch (channel.name.scheme) {
-    case strait::memory_scheme::private_memory: return "private";
-    case strait::memory_scheme::posix: return "posix";
-    case strait::memory_scheme::file: return "file";
+    case strait::memory_scheme::private_memory:
+      return "private";
+    case strait::memory_scheme::posix:
+      return "posix";
+    case strait::memory_scheme::file:
+      return "file";
   }
   return "unknown";
 }
