@@ -147,9 +147,12 @@ class lane_producer {
   template <class T, class U>
   void push(typename Atomics::template slot<T>* slots, U&& value) {
     if constexpr (travels_in_line<T>) {
-      const T& message = value;
+      const T message = std::forward<U>(value);
       std::array<std::uint64_t, words<T>> raw{};
       std::memcpy(raw.data(), &message, sizeof(T));
+      slots[tail_ & (capacity_ - 1)].put(message);
+      // After the slot, and right before `tail`: a consumer that polls takes the line away between two stores into it
+      // when there is time, and the second then waits for the line to come back.
       auto& copy = control_->copies[tail_ & 1];
       for (std::size_t i = 0; i < words<T>; ++i) {
         // release: pairs with the acquire in lane_consumer::take. It keeps the store of `tail` that published the
@@ -157,8 +160,9 @@ class lane_producer {
         // `tail` moved on and discards what it read. Without it, a torn copy could be believed.
         copy[i].store(raw[i], std::memory_order_release);
       }
+    } else {
+      slots[tail_ & (capacity_ - 1)].put(std::forward<U>(value));
     }
-    slots[tail_ & (capacity_ - 1)].put(std::forward<U>(value));
     publish(1);
   }
 
