@@ -235,9 +235,6 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
     return operation_.finish();
   }
 
-  /// The operation itself, for those who put it into another form.
-  [[nodiscard]] Operation&& operation() && noexcept { return std::move(operation_); }
-
  private:
   friend struct strait::asio_suspension<Operation, Executor>;
 

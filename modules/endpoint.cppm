@@ -191,15 +191,15 @@ class endpoint final : private process_watcher {
   /// What happened to the peer, for an end that found nothing to do. `position` is this end's cursor. After anything but
   /// `none` the caller looks at the lane once more, because the peer may have published before it left.
   ///
-  /// Waits: never. Allocates: the first time for each peer process. Complexity: two loads of a line that rarely changes.
+  /// Waits: never. Allocates: the first time for each peer process. Complexity: a few loads of lines that rarely change.
   [[nodiscard]] inline news look_at_peer(std::uint64_t position) noexcept {
     const end_entry& them = peer();
-    // acquire, for all three: pairs with the release of whoever closed, died_at or declared; what the peer published
-    // before that is then visible to the look that follows.
+    // acquire, here, in death_untold and for the presence: pairs with the release of whoever poisoned, declared or
+    // closed; what the peer published before that is then visible to the look that follows.
     if (header_->poisoned.load(std::memory_order_acquire) != 0) return news::corrupt;
-    if (them.last_death.load(std::memory_order_acquire) != death_seen_) {
+    if (death_untold()) {
       if (role_ == role::sender) return news::died;
-      const std::uint64_t committed = them.died_at.load(std::memory_order_relaxed);
+      const std::uint64_t committed = died_at();
       if (position >= committed) return news::died;
       // Nobody commits more than the lane holds; who believed it would wait for ever.
       if (committed - position > capacity_) [[unlikely]]
