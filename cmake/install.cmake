@@ -1,4 +1,4 @@
-# What `cmake --install` puts where, and the Debian package of the same: `cpack -G DEB` (docs/consuming.md).
+# What `cmake --install` puts where, and the Debian package of the same: `cpack -G DEB` (docs/14-consuming.md).
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 

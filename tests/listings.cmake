@@ -1,5 +1,5 @@
 # The listings of README.md and docs/ are compiled, and those with a main are run: `listing-docs-channel-1` is the first
-# of docs/channel.md. How a page hides what a listing needs: tools/listings.awk.
+# of docs/02-channel.md; a page's number may change. How a page hides what a listing needs: tools/listings.awk.
 #
 # They are extracted when CMake runs, because only then is it known how many there are; a changed page runs it again.
 if(STRAIT_SANITIZER)
@@ -22,6 +22,7 @@ foreach(page IN LISTS pages)
   set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${page}")
   file(RELATIVE_PATH name "${PROJECT_SOURCE_DIR}" "${page}")
   string(REGEX REPLACE "\\.md$" "" name "${name}")
+  string(REGEX REPLACE "/[0-9]+-" "/" name "${name}")
   string(REPLACE "/" "-" name "${name}")
   execute_process(
     COMMAND "${STRAIT_AWK}" -v "page=${page}" -v "name=${name}" -v "into=${fresh}" -f "${script}" "${page}"
@@ -50,6 +51,6 @@ endforeach()
 if(compiled)
   add_library(test-listings OBJECT ${compiled})
   target_link_libraries(test-listings PRIVATE strait::strait fmt::fmt)
-  target_include_directories(test-listings PRIVATE "${PROJECT_SOURCE_DIR}")  # docs/examples.md includes from examples/
+  target_include_directories(test-listings PRIVATE "${PROJECT_SOURCE_DIR}")  # docs/13-examples.md includes from examples/
   strait_warnings(test-listings)
 endif()

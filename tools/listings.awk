@@ -1,6 +1,6 @@
 # Takes the C++ listings out of a page, so that the tests compile them (tests/listings.cmake).
 #
-#     awk -v page=docs/channel.md -v name=docs-channel -v into=DIR -f tools/listings.awk FILE
+#     awk -v page=docs/02-channel.md -v name=docs-channel -v into=DIR -f tools/listings.awk FILE
 #
 # Writes each ```cpp block of FILE to DIR/NAME-1.cpp, DIR/NAME-2.cpp and so on, with #line pointing back to PAGE, and
 # prints for each `run NAME-1` when it has an `int main(`, else `compile NAME-1`.
