@@ -62,8 +62,11 @@ struct channel_options {
   /// The longest spin before this end parks, unless `wait` is `busy` or `park`.
   std::chrono::nanoseconds longest_spin = std::chrono::microseconds{50};
   open_mode open = open_mode::open_or_create;
-  /// Permissions of a segment that is created.
+  /// How long `open_mode::open` waits for the channel to be made. Default: not at all.
+  std::chrono::milliseconds patience{0};
+  /// Permissions of a segment that is created, and the group that it is given to. Default: the creator's.
   unsigned mode = 0600;
+  std::optional<unsigned> group = std::nullopt;
   ordering order = ordering::automatic;
 };
 
@@ -154,7 +157,8 @@ class endpoint final : private process_watcher {
  public:
   /// Enters the named channel, creating it where the options say so.
   ///
-  /// Waits: parks while another end is entering or leaving. Allocates: the segment when it is created. Errors: see
+  /// Waits: parks while another end is entering or leaving; as long as `patience` says for a channel that is to be
+  /// opened. Allocates: the segment when it is created. Errors: see
   /// `errc` and `open_segment`; nothing is changed in a segment that is refused. Complexity: system calls.
   [[nodiscard]] static std::unique_ptr<endpoint> open(role mine, std::string_view name, const message_shape& shape,
                                                       const channel_options& options);
@@ -361,6 +365,9 @@ enum class channel_condition : std::uint8_t {
   live,
   /// A whole segment in which nobody lives: what a crash left, or messages for a receiver that has yet to come.
   stale,
+  /// What was left by somebody who died while making or removing it, or of whose halves one was removed: there is
+  /// nothing in it, and whoever comes next clears it away.
+  unfinished,
   /// A segment of ours that is cut short, or whose fields do not agree with each other.
   damaged,
   /// A segment of another layout version of strait: nothing else is known of it, and it is never touched.
@@ -374,6 +381,8 @@ enum class channel_condition : std::uint8_t {
       return "live";
     case channel_condition::stale:
       return "stale";
+    case channel_condition::unfinished:
+      return "unfinished";
     case channel_condition::damaged:
       return "damaged";
     case channel_condition::other_version:
@@ -442,14 +451,14 @@ struct channel_state {
 /// vanishes while we look; a file that this user may not read and that is large enough to be a channel is listed.
 ///
 /// Waits: never. Cancel safety: nothing to cancel. Allocates: the result. Errors: the errno of the failing call when the
-/// names cannot be had. Complexity: a few system calls for each file in /dev/shm.
+/// names cannot be had. Complexity: a few system calls for each file in /dev/shm and each System V segment.
 [[nodiscard]] std::vector<channel_state> list_channels();
 
 /// What `remove_channel` takes away.
 enum class removal : std::uint8_t {
   /// Any segment in which nobody lives.
   any,
-  /// Only what a crash left: a whole segment, and not one whose messages wait for a receiver that has yet to come.
+  /// Only what a crash left: a whole segment or an unfinished one, and not one whose messages wait for a receiver that has yet to come.
   leftover,
 };
 

@@ -22,6 +22,9 @@ export module strait.memory;
 ///  - An end is alive as long as it holds the lock on its byte. The lock belongs to an open file description of its own
 ///    (an OFD lock), which dies with the process and with nothing else.
 ///  - Entering and leaving are one at a time: who holds the lock on the first byte, the gate, may do either.
+///
+/// A System V segment is no file and can be neither made without a name nor locked. It gets a *companion*, a small file
+/// that comes to be as any segment does and carries the locks; the segment itself is made, and removed, under its gate.
 export namespace strait {
 
 enum class memory_scheme : std::uint8_t {
@@ -29,6 +32,8 @@ enum class memory_scheme : std::uint8_t {
   private_memory,
   /// A file in /dev/shm, as `shm_open` makes it.
   posix,
+  /// System V shared memory (shmget), with its locks on a companion file in /dev/shm.
+  system_v,
   /// A file of the user's, at any path: it outlives its ends and the machine's reboot.
   file,
 };
@@ -36,11 +41,12 @@ enum class memory_scheme : std::uint8_t {
 /// A channel's name, taken apart.
 struct memory_name {
   memory_scheme scheme = memory_scheme::posix;
-  /// What stands behind the scheme: a name in /dev/shm, or a path.
+  /// What stands behind the scheme: a name, or a path.
   std::string name;
   /// As the user would write it: `posix:orders`.
   [[nodiscard]] std::string text() const;
-  /// Where its file is: `/dev/shm/orders`; empty for private memory.
+  /// Where the file is that carries its locks: `/dev/shm/orders`, for System V that of its companion; empty for private
+  /// memory.
   [[nodiscard]] std::string path() const;
   /// Whether the segment stays when its last end leaves, and is then the user's: never removed, never replaced.
   [[nodiscard]] bool outlives_its_ends() const noexcept;
@@ -58,7 +64,7 @@ enum class open_mode : std::uint8_t {
   open_or_create,
   /// Creates it; an error when it is there.
   create,
-  /// Opens what is there; an error when there is nothing.
+  /// Opens what is there; an error when there is nothing, or still nothing when the patience has come to its end.
   open,
 };
 
@@ -74,11 +80,17 @@ class mapping {
   /// of the caller's open file description, so that locks on that end when its descriptor is closed.
   [[nodiscard]] static mapping of_file(int descriptor, std::size_t bytes, std::optional<unsigned> node,
                                        const std::string& what);
+  /// The first `bytes` of a System V segment, writable, placed on `node` if given. Not touched.
+  [[nodiscard]] static mapping of_system_v(int identifier, std::size_t bytes, std::optional<unsigned> node,
+                                           const std::string& what);
   inline mapping(mapping&& other) noexcept
-      : data_{std::exchange(other.data_, nullptr)}, bytes_{std::exchange(other.bytes_, 0)} {}
+      : data_{std::exchange(other.data_, nullptr)},
+        bytes_{std::exchange(other.bytes_, 0)},
+        extent_{std::exchange(other.extent_, 0)} {}
   inline mapping& operator=(mapping&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
+    std::swap(extent_, other.extent_);
     return *this;
   }
   ~mapping();
@@ -90,9 +102,12 @@ class mapping {
   void populate() noexcept;
 
  private:
-  inline mapping(std::byte* data, std::size_t bytes) noexcept : data_{data}, bytes_{bytes} {}
+  inline mapping(std::byte* data, std::size_t bytes, std::size_t extent) noexcept
+      : data_{data}, bytes_{bytes}, extent_{extent} {}
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0;
+  /// What is to be unmapped: a System V segment is attached whole, and is longer than was asked for.
+  std::size_t extent_ = 0;
 };
 
 /// Locks on single bytes of a file that belong to one open file description: dropped by the kernel when the process
@@ -120,6 +135,8 @@ class file_locks {
   void unlock(std::uint64_t byte) noexcept;
   /// Whether another description holds the byte.
   [[nodiscard]] bool held_by_other(std::uint64_t byte) const noexcept;
+  /// Whether another description holds any byte behind the gate: somebody lives in the segment.
+  [[nodiscard]] bool inhabited_by_other() const noexcept;
 
  private:
   int descriptor_ = -1;
@@ -155,6 +172,8 @@ struct segment {
 struct segment_plan {
   std::size_t bytes = 0;
   unsigned mode = 0600;
+  /// The group that it is given to; the creator's own otherwise.
+  std::optional<unsigned> group;
   std::optional<unsigned> node;
   /// Writes the first contents; everything else is zero.
   std::function<void(std::byte*)> fill;
@@ -169,30 +188,37 @@ enum class verdict : std::uint8_t {
   replace,
 };
 
-/// Opens or creates a named segment and returns with its gate held.
+/// Opens or creates a named segment and returns with its gate held. Where there is nothing to be opened, that is an error
+/// from `deadline` on.
 ///
 /// `examine` is called with the gate held, the first `min(size, header_bytes)` bytes of the file and the file's size; it
 /// throws, naming both sides, when the segment is not ours to enter. `bytes_to_map` is called with the same bytes, once
 /// before the gate is taken, to see that this is a segment at all, and once to tell how many bytes to map.
 ///
-/// Waits: parks while another end is entering or leaving. Allocates: the segment. Errors: `no_space`, `no_permission`,
-/// `foreign_segment` for what is no file, what `examine` throws, or the errno of the failing call. Complexity: a dozen system calls; touching the pages dominates.
-[[nodiscard]] segment open_segment(const memory_name& name, open_mode mode, const segment_plan& plan,
+/// Waits: parks while another end is entering or leaving; until the deadline, looking again each millisecond, for what is
+/// to be opened. Allocates: the segment. Errors: `no_space`, `no_permission`, `foreign_segment` for what is no file,
+/// `end_in_use` for a System V segment that was removed from under its ends, what `examine` throws, or the errno of the
+/// failing call. Complexity: a dozen system calls; touching the pages dominates.
+[[nodiscard]] segment open_segment(const memory_name& name, open_mode mode,
+                                   std::chrono::steady_clock::time_point deadline, const segment_plan& plan,
                                    std::size_t header_bytes,
                                    const std::function<verdict(std::span<const std::byte> header, std::uint64_t size,
                                                                const file_locks& locks)>& examine,
                                    const std::function<std::size_t(std::span<const std::byte> header)>& bytes_to_map);
 
-/// Takes the name away if it still names the segment behind `locks`. The gate must be held.
+/// Takes the name away if it still names the segment behind `locks`, and a System V segment with it. The gate must be
+/// held.
 void remove_name(const memory_name& name, const file_locks& locks) noexcept;
 
-/// A file where named segments lie.
+/// Something that may be a named segment.
 struct named_file {
   memory_name name;
+  /// Of the file, which for System V is the companion.
   std::uint64_t size = 0;
 };
 
-/// Every file that may be a named segment, by name.
+/// Everything in the machine's memory that may be a named segment, by name: the files in /dev/shm, and the System V
+/// segments whose companion is gone.
 ///
 /// Waits: never. Allocates: the names. Errors: the errno of the failing call. Complexity: a system call a file.
 [[nodiscard]] std::vector<named_file> named_files();
@@ -207,6 +233,8 @@ struct segment_look {
   std::uint64_t size = 0;
   /// Whether somebody else was entering or leaving before anything else was looked at.
   bool gate_held = false;
+  /// It has its name too early: somebody is making it, or died of it, or only half of it is left. There is no header.
+  bool unfinished = false;
 };
 
 /// Looks at what is under the name, changing nothing.
@@ -223,5 +251,56 @@ struct segment_look {
 /// the failing call. Complexity: a dozen system calls.
 void remove_segment(const memory_name& name, std::size_t header_bytes,
                     const std::function<void(const segment_look& look)>& examine);
+
+}  // namespace strait
+
+// Of this room alone.
+namespace strait {
+
+/// Has the pages come from that node, if it has any left.
+void place(std::byte* data, std::size_t bytes, unsigned node, const std::string& what);
+
+/// What the kernel has for a System V channel.
+struct system_v_segment {
+  int identifier = -1;
+  /// Without the label at its end.
+  std::uint64_t bytes = 0;
+  /// How many have it attached, looking on included.
+  std::uint64_t attached = 0;
+  /// Whether its creator came to the end.
+  bool finished = false;
+};
+
+/// What stands in a companion. Written before it has a name, and never again.
+struct system_v_companion {
+  std::uint64_t magic = expected_magic;
+  /// Of the segment, its label included: a segment of this length without a label is what a creator left that died.
+  std::uint64_t segment_bytes = 0;
+  /// The IPC namespace in which the key was given, as its inode; 0 where /proc does not tell.
+  std::uint64_t ipc_namespace = 0;
+
+  static constexpr std::uint64_t expected_magic = 0x5354'5241'4954'0b00;  // "STRAIT\v\0"
+  /// For a segment of so many bytes, in this namespace.
+  [[nodiscard]] static system_v_companion of(std::uint64_t bytes);
+};
+
+/// Looks for the segment under the name's key. Throws `foreign_segment` when the one there is not this channel's.
+/// `owner` is whose the companion is, where there was one before.
+[[nodiscard]] std::optional<system_v_segment> find_system_v(const memory_name& name,
+                                                            const system_v_companion& companion,
+                                                            std::optional<unsigned> owner);
+
+/// Makes it. A death before the end leaves an unfinished one. The companion's gate must be held.
+[[nodiscard]] mapping make_system_v(const memory_name& name, const segment_plan& plan);
+
+/// Takes it away; those who have it attached keep it. Returns an errno, or 0; that it is gone already is no error.
+[[nodiscard]] int remove_system_v(const system_v_segment& segment) noexcept;
+
+/// Copies its beginning: as much as fits and is there.
+[[nodiscard]] std::size_t read_system_v(const memory_name& name, const system_v_segment& segment,
+                                        std::span<std::byte> into);
+
+/// The names on the labels of all segments that this user may read.
+[[nodiscard]] std::vector<std::string> labelled_system_v();
 
 }  // namespace strait

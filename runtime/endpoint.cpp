@@ -233,6 +233,7 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
   segment_plan plan;
   plan.bytes = slots_offset_for(shape.alignment) + capacity * shape.bytes;
   plan.mode = options.mode;
+  plan.group = options.group;
   plan.node = options.node;
   plan.fill = [&](std::byte* memory) {
     fill_header(*::new (static_cast<void*>(memory)) segment_header{}, shape, capacity, barrier);
@@ -301,7 +302,11 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
 
   // Now, because it may fail: later there would be a segment to be taken back.
   (void)this_process();
-  made->segment_ = open_segment(made->name_, options.open, plan, sizeof(segment_header), examine, bytes_to_map);
+  const auto now = std::chrono::steady_clock::now();
+  constexpr auto end_of_time = std::chrono::steady_clock::time_point::max();
+  const auto deadline = options.patience < end_of_time - now ? now + options.patience : end_of_time;
+  made->segment_ =
+      open_segment(made->name_, options.open, deadline, plan, sizeof(segment_header), examine, bytes_to_map);
   // Once more, and from here on only this copy: what was examined can have been overwritten before it was mapped.
   segment_header checked{};
   const std::span<const std::byte> mapped{made->segment_.map.data(), sizeof(segment_header)};
@@ -514,6 +519,13 @@ channel_state judge(const memory_name& name, const segment_look& look) {
   channel_state state;
   state.name = name;
   segment_header header{};
+  if (look.unfinished) {
+    // Somebody is at work on it: there is no channel yet, or no more.
+    if (look.gate_held) fail_errno(ENOENT, name.text() + ": expected an existing channel at " + name.path());
+    state.condition = channel_condition::unfinished;
+    state.trouble = name.text() + ": expected a channel, found what was left unfinished";
+    return state;
+  }
   try {
     checked_size(name.text(), look.header, header);
     if (look.size < header.segment_bytes) {

@@ -2,11 +2,14 @@
 /// Names in every memory for tests, what lies under them, and refusals.
 #include <doctest/doctest.h>
 #include <fcntl.h>
+#include <sys/ipc.h>
+#include <sys/shm.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <fstream>
 #include <initializer_list>
@@ -24,13 +27,29 @@ namespace test {
 struct posix_memory {
   static constexpr std::string_view scheme = "posix:";
 };
+struct system_v_memory {
+  static constexpr std::string_view scheme = "sysv:";
+};
 struct file_memory {
   static constexpr std::string_view scheme = "file:";
 };
-#define STRAIT_NAMED_MEMORIES test::posix_memory, test::file_memory
+#define STRAIT_NAMED_MEMORIES test::posix_memory, test::system_v_memory, test::file_memory
 
 /// The schemes of the same, for loops.
-inline constexpr std::string_view named_memories[] = {posix_memory::scheme, file_memory::scheme};
+inline constexpr std::string_view named_memories[] = {posix_memory::scheme, system_v_memory::scheme,
+                                                      file_memory::scheme};
+
+/// The key of a System V channel: 32-bit FNV-1a of its name.
+inline ::key_t key_of(std::string_view name) {
+  std::uint32_t hash = 2166136261U;
+  for (const char letter : name) hash = (hash ^ static_cast<unsigned char>(letter)) * 16777619U;
+  return static_cast<::key_t>(hash);
+}
+
+/// The System V segment under a key; -1 when there is none.
+inline int system_v_segment(::key_t key) {
+  return ::shmget(key, 0, 0);
+}
 
 /// A name that no other test run uses. Whatever a failed test leaves under it is taken away.
 class channel_name {
@@ -38,25 +57,29 @@ class channel_name {
   explicit channel_name(std::string_view what, std::string_view scheme = posix_memory::scheme) : scheme_{scheme} {
     static int count = 0;
     directory_ = scheme == file_memory::scheme ? std::filesystem::temp_directory_path().string() + '/' : "/dev/shm/";
+    if (is_system_v()) directory_ += ".strait-sysv-";
     name_ = "strait-test-" + std::to_string(::getpid()) + '-' + std::to_string(++count) + '-' + std::string{what};
   }
   channel_name(const channel_name&) = delete;
   channel_name& operator=(const channel_name&) = delete;
   ~channel_name() {
     if (::unlink(path().c_str()) != 0) ::rmdir(path().c_str());
+    if (is_system_v()) ::shmctl(system_v_segment(key_of(name_)), IPC_RMID, nullptr);
   }
 
   /// The last part of the path; for `posix:` what stands after the scheme.
   [[nodiscard]] const std::string& bare() const noexcept { return name_; }
   /// What the user would write.
   [[nodiscard]] std::string text() const { return scheme_ + (outlives_its_ends() ? path() : name_); }
+  /// Of the file that carries the locks.
   [[nodiscard]] std::string path() const { return directory_ + name_; }
+  [[nodiscard]] bool is_system_v() const { return scheme_ == system_v_memory::scheme; }
   /// Whether the name is there when the last end has left.
   [[nodiscard]] bool outlives_its_ends() const { return scheme_ == file_memory::scheme; }
   /// Whether there is anything under the name.
   [[nodiscard]] bool exists() const {
     struct ::stat file{};
-    return ::lstat(path().c_str(), &file) == 0;
+    return ::lstat(path().c_str(), &file) == 0 || (is_system_v() && system_v_segment(key_of(name_)) >= 0);
   }
 
  private:
@@ -85,6 +108,23 @@ inline file_state state_of(const std::string& path) {
   state.inode = file.st_ino;
   state.mode = file.st_mode;
   state.modified = std::chrono::seconds{file.st_mtim.tv_sec} + std::chrono::nanoseconds{file.st_mtim.tv_nsec};
+  return state;
+}
+
+/// The same of what is under a name; the bytes are the segment's.
+inline file_state state_of(const channel_name& name) {
+  file_state state = state_of(name.path());
+  const int segment = name.is_system_v() ? system_v_segment(key_of(name.bare())) : -1;
+  if (segment < 0) return state;
+  ::shmid_ds kernels{};
+  void* data = ::shmat(segment, nullptr, SHM_RDONLY);
+  if (::shmctl(segment, IPC_STAT, &kernels) != 0 || data == reinterpret_cast<void*>(-1)) {
+    throw std::system_error{errno, std::system_category(), name.text()};
+  }
+  state.bytes.assign(static_cast<const char*>(data), static_cast<const char*>(data) + kernels.shm_segsz);
+  ::shmdt(data);
+  state.inode = static_cast<::ino_t>(segment);
+  state.mode = kernels.shm_perm.mode & 07777U;
   return state;
 }
 
