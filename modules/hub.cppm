@@ -56,7 +56,14 @@ struct hub_timer {
   std::size_t place = 0;
 };
 
-/// A coroutine that nobody awaits, and that the context destroys when it is destroyed itself.
+/// Where an operation waits.
+struct wait_place {
+  hub& where;
+  /// What Asio's operations are to complete on, a `const asio::any_io_executor*`; null: the hub's own executor.
+  const void* executor = nullptr;
+};
+
+/// What nobody awaits, a coroutine for instance, and what the context destroys when it is destroyed itself.
 struct hub_root {
   void (*destroy)(hub_root& self) noexcept = nullptr;
   hub_root* previous = nullptr;
@@ -92,6 +99,24 @@ class hub {
   /// Waits: for the slice of a turn that runs on another thread. Allocates: never. Complexity: logarithmic.
   virtual bool withdraw(hub_timer& timer) noexcept = 0;
 
+  /// While it lives, what waits on the hub changes by this thread only: no turn runs on another. So several waits begin
+  /// or end as one; within a turn it costs nothing. Nothing is completed meanwhile.
+  ///
+  /// Waits: for the slice of a turn that runs on another thread. Allocates: never. Complexity: constant.
+  class [[nodiscard]] visit {
+   public:
+    inline explicit visit(hub& of) noexcept : of_{of}, entered_{of.enter()} {}
+    inline ~visit() {
+      if (entered_) of_.leave();
+    }
+    visit(const visit&) = delete;
+    visit& operator=(const visit&) = delete;
+
+   private:
+    hub& of_;
+    bool entered_;
+  };
+
   /// Completes `waiter`, which is on no list, as the turn does: in place, and never beside a turn on another thread.
   /// For handlers of the hub's own context, on the thread that runs them.
   ///
@@ -108,7 +133,7 @@ class hub {
   /// No turn goes on after this; what waits stays waiting.
   virtual void stop() noexcept = 0;
 
-  /// A coroutine that nobody awaits lives from here ...
+  /// What nobody awaits lives from here ...
   virtual void add_root(hub_root& root) noexcept = 0;
   /// ... to here. `error`, if there is one, is thrown out of the context's `run()`.
   virtual void remove_root(hub_root& root, std::exception_ptr error) noexcept = 0;
@@ -116,6 +141,11 @@ class hub {
  protected:
   hub() = default;
   ~hub() = default;
+
+ private:
+  /// For `visit`. False: this thread is within a turn or a visit already, and does not leave it.
+  virtual bool enter() noexcept = 0;
+  virtual void leave() noexcept = 0;
 };
 
 /// The hub that a coroutine waits on: that of its task, or that of this thread.

@@ -159,6 +159,21 @@ class asio_hub final : public asio::execution_context::service, public hub {
     return true;
   }
 
+  bool enter() noexcept override {
+    if (turning_hub == this) return false;
+    mutex_.lock();
+    outside_visit_ = std::exchange(turning_hub, this);
+    appended_ = false;
+    return true;
+  }
+
+  void leave() noexcept override {
+    turning_hub = outside_visit_;
+    const bool owed = appended_ && make_resident();
+    mutex_.unlock();
+    if (owed) post_turn();
+  }
+
   void resume(hub_waiter& waiter) override {
     if (turning_hub == this) {
       waiter.complete(waiter);
@@ -639,6 +654,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
   std::uint64_t alarming_ = 0;
   /// Whether something began to wait since this was false.
   bool appended_ = false;
+  /// What `turning_hub` was before the visit that holds mutex_.
+  hub* outside_visit_ = nullptr;
 
   std::mutex roots_mutex_;
   intrusive_list<hub_root> roots_;
