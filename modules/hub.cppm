@@ -195,6 +195,42 @@ class [[nodiscard]] sleep_operation {
   sleeper timer_;
 };
 
+/// Gives the others their turn. What `yield` returns.
+class [[nodiscard]] yield_operation {
+ public:
+  yield_operation() = default;
+  /// Moved only before it waits.
+  inline yield_operation(yield_operation&&) noexcept {}
+  yield_operation& operator=(yield_operation&&) = delete;
+  inline ~yield_operation() {
+    if (turn_.owner != nullptr) turn_.owner->withdraw(turn_);
+  }
+
+  [[nodiscard]] inline bool await_ready() const noexcept { return false; }
+  template <class Promise>
+  void await_suspend(std::coroutine_handle<Promise> awaiting) {
+    turn_.awaiting = awaiting;
+    turn_.ready = [](hub_waiter&, bool) noexcept { return true; };
+    turn_.complete = [](hub_waiter& waiter) { static_cast<next_turn&>(waiter).awaiting.resume(); };
+    hub_to_wait_on(awaiting).wait(turn_);
+  }
+  inline void await_resume() const noexcept {}
+
+ private:
+  struct next_turn : hub_waiter {
+    std::coroutine_handle<> awaiting;
+  };
+  next_turn turn_;
+};
+
+/// Lets everybody else on this hub who is ready have their turn, and goes on. To be awaited; yields nothing.
+///
+/// Waits: for the turns of the others. Cancel safety: destroying the coroutine ends the wait. Allocates: never. Errors:
+/// `no_hub` in a coroutine that is neither a `task` nor on a thread of strait's. Complexity: constant.
+[[nodiscard]] inline yield_operation yield() noexcept {
+  return {};
+}
+
 /// A length in nanoseconds, rounded up; from 0 to what `longest` is where it is less or more than that.
 template <class Rep, class Period>
 [[nodiscard]] std::int64_t nanoseconds_within(std::chrono::duration<Rep, Period> length, std::int64_t longest) {

@@ -1288,6 +1288,74 @@ TEST_CASE("sleepers that are always due again do not keep a channel from its tur
   }
 }
 
+TEST_CASE("tasks that yield take turns, in one order, without a sleep, an allocation or an end of the turn") {
+  asio::io_context context{1};
+  std::string order;
+  const auto letters = [](std::string& into, char letter) -> strait::task<> {
+    for (int i = 0; i < 100; ++i) {
+      into += letter;
+      co_await strait::yield();
+    }
+  };
+  for (const char letter : {'a', 'b', 'c'}) strait::spawn(context, letters(order, letter));
+  context.run();
+  std::string expected;
+  for (int i = 0; i < 100; ++i) expected += "abc";
+  CHECK(order == expected);
+}
+
+TEST_CASE("a task that always yields starves neither a timer, nor a channel, nor the context's own handlers") {
+  asio::io_context context{1};
+  auto [tx, rx] = strait::make_channel<int>({.capacity = 4});
+  bool stop = false;
+  int heard = 0;
+  strait::spawn(context, [](const bool& end) -> strait::task<> {
+    while (!end) co_await strait::yield();
+  }(stop));
+  strait::spawn(context, [](strait::receiver<int>& from, int& got) -> strait::task<> {
+    while (co_await from.recv()) ++got;
+  }(rx, heard));
+  asio::steady_timer timer{context};
+  int fired = 0;
+  const std::function<void()> again = [&] {
+    timer.expires_after(std::chrono::microseconds{100});
+    timer.async_wait([&](const std::error_code& error) {
+      CHECK(!error);
+      CHECK(tx.try_send(1));
+      if (++fired < 50) return again();
+      tx.close();
+      stop = true;
+    });
+  };
+  again();
+  context.run();
+  CHECK(fired == 50);
+  CHECK(heard == 50);
+}
+
+TEST_CASE("a task that yielded and is destroyed with its context, or before it, is not resumed") {
+  auto context = std::make_unique<asio::io_context>(1);
+  int resumed = 0;
+  bool destroyed = false;
+  struct flag {
+    bool& set;
+    ~flag() { set = true; }
+  };
+  strait::spawn(*context, [](int& count, bool& gone) -> strait::task<> {
+    const flag mine{gone};
+    for (;;) {
+      ++count;
+      co_await strait::yield();
+    }
+  }(resumed, destroyed));
+  context->poll_one();
+  CHECK(resumed > 0);
+  const int before = resumed;
+  context.reset();
+  CHECK(destroyed);
+  CHECK(resumed == before);
+}
+
 TEST_CASE("a sleep of no length lets the others have their turn") {
   asio::io_context context{1};
   bool stop = false;
