@@ -173,6 +173,10 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
   explicit awaitable(Operation operation) noexcept : operation_{std::move(operation)} {}
   /// Moved only before it waits.
   awaitable(awaitable&& other) noexcept : operation_{std::move(other.operation_)} {}
+  /// The same operation for coroutines of another executor.
+  template <class Other>
+  explicit awaitable(awaitable<strait::awaited<Operation>, Other>&& other) noexcept
+      : operation_{std::move(other.operation_)} {}
   awaitable& operator=(awaitable&&) = delete;
   ~awaitable() {
     if (suspended_ != nullptr) [[unlikely]]
@@ -237,6 +241,8 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
 
  private:
   friend struct strait::asio_suspension<Operation, Executor>;
+  template <typename T, typename Other>
+  friend class asio::awaitable;
 
   struct plain_suspension : strait::hub_waiter {
     awaitable* self = nullptr;
