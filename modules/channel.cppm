@@ -612,8 +612,7 @@ class sender {
     ending_ = end_->look_at_peer(lane_.tail());
     if (ending_ != news::none || lane_.known_room() != 0 || lane_.look() != 0) return true;
     if (!lane_.corrupt()) return false;
-    end_->poison();
-    ending_ = news::corrupt;
+    ending_ = end_->poison();
     return true;
   }
 
@@ -824,8 +823,7 @@ class receiver {
   receiver(receiver&& other) noexcept { *this = std::move(other); }
   receiver& operator=(receiver&& other) noexcept {
     if (this == &other) return *this;
-    // Not in the child of a fork: its copy of the cursor would take the lane back to where it was then.
-    if (end_ && lane_.release_pending() && !end_->inherited()) lane_.publish_head();
+    if (end_ && lane_.release_pending()) lane_.publish_head();
     lane_ = std::exchange(other.lane_, {});
     slots_ = std::exchange(other.slots_, nullptr);
     gather_ = other.gather_;
@@ -1006,8 +1004,7 @@ class receiver {
   }
 
   bool corrupt() noexcept {
-    end_->poison();
-    ending_ = news::corrupt;
+    ending_ = end_->poison();
     return true;
   }
 

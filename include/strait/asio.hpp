@@ -226,14 +226,21 @@ struct whole {
   }
 };
 
+/// Begins an operation. Its executor is for what a token makes beside it, as `cancel_after` makes a timer: our operations
+/// belong to no context before a handler is there.
+struct initiation {
+  using executor_type = asio::system_executor;
+  [[nodiscard]] executor_type get_executor() const noexcept { return {}; }
+
+  template <class Handler, class Step>
+  void operator()(Handler&& handler, Step from) const {
+    handler_wait<Step, std::decay_t<Handler>>::start(std::move(from), std::forward<Handler>(handler));
+  }
+};
+
 template <class Step, class Signature, class Token>
 auto start(Step step, Token&& token) {
-  return asio::async_initiate<Token, Signature>(
-      [](auto&& handler, Step from) {
-        using handler_type = std::decay_t<decltype(handler)>;
-        handler_wait<Step, handler_type>::start(std::move(from), std::forward<decltype(handler)>(handler));
-      },
-      token, std::move(step));
+  return asio::async_initiate<Token, Signature>(initiation{}, token, std::move(step));
 }
 
 }  // namespace detail
