@@ -177,6 +177,10 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
   [[nodiscard]] Operation take_operation() && noexcept { return std::move(operation_); }
   /// Moved only before it waits.
   awaitable(awaitable&& other) noexcept : operation_{std::move(other.operation_)} {}
+  /// The same operation for coroutines of another executor.
+  template <class Other>
+  explicit awaitable(awaitable<strait::awaited<Operation>, Other>&& other) noexcept
+      : operation_{std::move(other.operation_)} {}
   awaitable& operator=(awaitable&&) = delete;
   ~awaitable() {
     if (suspended_ != nullptr) [[unlikely]]
@@ -247,6 +251,8 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
 
  private:
   friend struct strait::asio_suspension<Operation, Executor>;
+  template <typename T, typename Other>
+  friend class asio::awaitable;
 
   struct plain_suspension : strait::hub_waiter {
     awaitable* self = nullptr;
@@ -633,8 +639,7 @@ class sender {
     ending_ = end_->look_at_peer(lane_.tail());
     if (ending_ != news::none || lane_.known_room() != 0 || lane_.look() != 0) return true;
     if (!lane_.corrupt()) return false;
-    end_->poison();
-    ending_ = news::corrupt;
+    ending_ = end_->poison();
     return true;
   }
 
@@ -848,8 +853,7 @@ class receiver {
   receiver(receiver&& other) noexcept { *this = std::move(other); }
   receiver& operator=(receiver&& other) noexcept {
     if (this == &other) return *this;
-    // Not in the child of a fork: its copy of the cursor would take the lane back to where it was then.
-    if (end_ && lane_.release_pending() && !end_->inherited()) lane_.publish_head();
+    if (end_ && lane_.release_pending()) lane_.publish_head();
     lane_ = std::exchange(other.lane_, {});
     slots_ = std::exchange(other.slots_, nullptr);
     gather_ = other.gather_;
@@ -1030,8 +1034,7 @@ class receiver {
   }
 
   bool corrupt() noexcept {
-    end_->poison();
-    ending_ = news::corrupt;
+    ending_ = end_->poison();
     return true;
   }
 

@@ -244,6 +244,13 @@ class asio_hub final : public asio::execution_context::service, public hub {
     }
   }
 
+  /// The context goes on in the child of a fork, and so does the hub: the doorbell's number stands for an eventfd of the
+  /// child's own by now, which the reactor has taken up or is about to. What waits for an end that is the parent's must
+  /// be told, so there is a turn.
+  void notify_fork(asio::execution_context::fork_event event) override {
+    if (event == asio::execution_context::fork_child && executor_ && make_resident()) post_turn();
+  }
+
   void append(hub_waiter& waiter) noexcept {
     waiters_.push_back(waiter);
     appended_ = true;

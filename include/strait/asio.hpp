@@ -28,6 +28,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <span>
 #include <system_error>
 #include <tuple>
 #include <type_traits>
@@ -251,7 +252,9 @@ struct whole {
       }
       std::forward<Handler>(handler)(error);
     } else if (aborted) {
-      std::forward<Handler>(handler)(std::error_code{asio::error::operation_aborted}, result{});
+      result so_far{};
+      if constexpr (requires { operation.sent(); }) so_far = operation.sent();
+      std::forward<Handler>(handler)(std::error_code{asio::error::operation_aborted}, std::move(so_far));
     } else {
       result value = operation.finish(why);
       std::forward<Handler>(handler)(to_error(why), std::move(value));
@@ -262,14 +265,21 @@ struct whole {
   }
 };
 
+/// Begins an operation. Its executor is for what a token makes beside it, as `cancel_after` makes a timer: our operations
+/// belong to no context before a handler is there.
+struct initiation {
+  using executor_type = asio::system_executor;
+  [[nodiscard]] executor_type get_executor() const noexcept { return {}; }
+
+  template <class Handler, class Step>
+  void operator()(Handler&& handler, Step from) const {
+    handler_wait<Step, std::decay_t<Handler>>::start(std::move(from), std::forward<Handler>(handler));
+  }
+};
+
 template <class Step, class Signature, class Token>
 auto start(Step step, Token&& token) {
-  return asio::async_initiate<Token, Signature>(
-      [](auto&& handler, Step from) {
-        using handler_type = std::decay_t<decltype(handler)>;
-        handler_wait<Step, handler_type>::start(std::move(from), std::forward<decltype(handler)>(handler));
-      },
-      token, std::move(step));
+  return asio::async_initiate<Token, Signature>(initiation{}, token, std::move(step));
 }
 
 }  // namespace detail
@@ -305,8 +315,11 @@ struct asio_suspension {
 /// is the end of the stream.
 ///
 /// The completion runs on the handler's associated executor, which also decides whose hub waits; a handler without one
-/// gets Asio's system executor. Waits: in that hub. Cancel safety: with a cancellation slot, as `recv`: nothing is taken.
-/// Allocates: from the handler's associated allocator. Errors: as `recv`, and `asio::error::operation_aborted`.
+/// gets Asio's system executor. Never within this call.
+///
+/// Waits: in that hub. Cancel safety: with a cancellation slot, as `recv`: nothing is taken. Allocates: one block from the
+/// handler's associated allocator, or from Asio's cache. Errors: as `recv`, and `asio::error::operation_aborted`.
+/// Complexity: constant.
 template <class T, class Token>
 auto async_recv(receiver<T>& from, Token&& token) {
   using operation = typename receiver<T>::template recv_operation<>;
@@ -314,8 +327,36 @@ auto async_recv(receiver<T>& from, Token&& token) {
       detail::whole<operation>{operation{from, {}}}, std::forward<Token>(token));
 }
 
+/// Takes as many messages as are there and fit; any completion token. Signature: `void(std::error_code, std::size_t)`:
+/// how many, 0 without an error at the end of the stream. `into` must live until then.
+///
+/// Waits: as `async_recv`. Cancel safety: as `async_recv`. Allocates: as `async_recv`. Errors: as `async_recv`.
+/// Complexity: linear in the messages.
+template <class T, class Token>
+  requires std::is_trivially_copyable_v<T>
+auto async_recv_many(receiver<T>& from, std::type_identity_t<std::span<T>> into, Token&& token) {
+  using operation = typename receiver<T>::template recv_many_operation<>;
+  return detail::start<detail::whole<operation>, void(std::error_code, std::size_t)>(
+      detail::whole<operation>{operation{from, into, {}}}, std::forward<Token>(token));
+}
+
+/// Shows the messages that are there without taking them; any completion token. Signature:
+/// `void(std::error_code, std::span<const T>)`; empty without an error is the end of the stream.
+///
+/// Waits: as `async_recv`. Cancel safety: as `async_recv`. Allocates: as `async_recv`. Errors: as `async_recv`.
+/// Complexity: constant.
+template <class T, class Token>
+  requires std::is_trivially_copyable_v<T>
+auto async_peek(receiver<T>& from, Token&& token) {
+  using operation = typename receiver<T>::template peek_operation<>;
+  return detail::start<detail::whole<operation>, void(std::error_code, std::span<const T>)>(
+      detail::whole<operation>{operation{from, {}}}, std::forward<Token>(token));
+}
+
 /// Sends one message; any completion token. Signature: `void(std::error_code)`. An error means that it was not sent.
-/// Everything else as for `async_recv`.
+///
+/// Waits: as `async_recv`, for room. Cancel safety: with a cancellation slot, as `send`: nothing is sent. Allocates: as
+/// `async_recv`. Errors: as `send`, and `asio::error::operation_aborted`. Complexity: constant.
 template <class T, class U, class Token>
 auto async_send(sender<T>& to, U&& message, Token&& token) {
   using operation = typename sender<T>::template send_operation<>;
@@ -323,18 +364,40 @@ auto async_send(sender<T>& to, U&& message, Token&& token) {
       detail::whole<operation>{operation{to, T(std::forward<U>(message)), {}}}, std::forward<Token>(token));
 }
 
-/// `recv()` for an `asio::awaitable<T, Executor>` whose executor is not Asio's default: `co_await strait::recv<Executor>(rx)`.
-template <class Executor, class T>
-[[nodiscard]] auto recv(receiver<T>& from) {
-  using operation = typename receiver<T>::template recv_operation<>;
-  return asio::awaitable<awaited<operation>, Executor>{operation{from, {}}};
+/// Sends all messages of the span, which must live until then; any completion token. Signature:
+/// `void(std::error_code, std::size_t)`: how many were sent, which is all of them without an error.
+///
+/// Waits: as `async_send`. Cancel safety: what was sent before the cancellation stays sent, and is told. Allocates: as
+/// `async_recv`. Errors: as `async_send`. Complexity: linear in the messages.
+template <class T, class Token>
+  requires std::is_trivially_copyable_v<T>
+auto async_send_many(sender<T>& to, std::type_identity_t<std::span<const T>> messages, Token&& token) {
+  using operation = typename sender<T>::template send_many_operation<>;
+  return detail::start<detail::whole<operation>, void(std::error_code, std::size_t)>(
+      detail::whole<operation>{operation{to, messages, {}}}, std::forward<Token>(token));
 }
 
-/// `send()` for the same: `co_await strait::send<Executor>(tx, message)`.
-template <class Executor, class T, class U>
-[[nodiscard]] auto send(sender<T>& to, U&& message) {
-  using operation = typename sender<T>::template send_operation<>;
-  return asio::awaitable<awaited<operation>, Executor>{operation{to, T(std::forward<U>(message)), {}}};
+/// Reserves room for 1 to `n` messages in the lane itself; any completion token. Signature:
+/// `void(std::error_code, strait::permit<T>)`.
+///
+/// Waits: as `async_send`. Cancel safety: nothing happened. Allocates: as `async_recv`. Errors: as `async_send`.
+/// Complexity: constant.
+template <class T, class Token>
+  requires std::is_trivially_copyable_v<T>
+auto async_reserve(sender<T>& to, std::size_t n, Token&& token) {
+  using operation = typename sender<T>::template reserve_operation<>;
+  return detail::start<detail::whole<operation>, void(std::error_code, permit<T>)>(
+      detail::whole<operation>{operation{to, n, {}}}, std::forward<Token>(token));
+}
+
+/// Any awaited operation for an `asio::awaitable<T, Executor>` whose executor is not Asio's default:
+/// `co_await strait::rebind_executor<Executor>(rx.recv())`. It suspends as little as without.
+///
+/// Waits: as the operation. Cancel safety: as the operation. Allocates: never itself. Errors: none itself. Complexity: a
+/// move of the operation.
+template <class Executor, class Operation>
+[[nodiscard]] auto rebind_executor(asio::awaitable<awaited<Operation>, asio::any_io_executor>&& operation) {
+  return asio::awaitable<awaited<Operation>, Executor>{std::move(operation)};
 }
 
 /// What `this_executor` is.
