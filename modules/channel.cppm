@@ -289,12 +289,12 @@ namespace strait {
 [[gnu::cold]] void report(news why, std::error_code* error, const std::string& channel);
 
 /// Errors of an operation are thrown ...
-struct errors_thrown {
+export struct errors_thrown {
   static constexpr bool set = false;
   static constexpr std::error_code* code = nullptr;
 };
 /// ... or set. Two types, so that the throwing form, which is on everybody's path, carries no pointer.
-struct errors_set {
+export struct errors_set {
   static constexpr bool set = true;
   std::error_code* code;
 };

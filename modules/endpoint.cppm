@@ -78,6 +78,9 @@ struct message_shape {
   std::uint32_t alignment = 0;
 };
 
+/// As error messages tell it: `type "Order" version 1 of 24 bytes aligned to 8`.
+[[nodiscard]] std::string describe(const message_shape& shape);
+
 /// One end's entry in the segment.
 struct end_entry {
   /// The park word, on a line of its own: the peer reads it after every publication.
@@ -165,6 +168,34 @@ class endpoint final : private process_watcher {
   [[nodiscard]] static std::unique_ptr<endpoint> open(role mine, std::string_view name, const message_shape& shape,
                                                       const channel_options& options);
 
+  /// An end in memory that is handed over, and that memory, for the peer.
+  struct to_hand_over {
+    std::unique_ptr<endpoint> end;
+    unshared_descriptor memory;
+  };
+
+  /// Makes a channel for a peer that the caller has at the other end of a socket, in sealed memory of its own, and enters
+  /// it. `take_line` must follow when the peer has entered, too. `barrier`: whether that granted `membarrier` to itself.
+  ///
+  /// Waits: never. Allocates: the segment. Errors: `bad_capacity`, and those of `make_sealed_segment`. Complexity:
+  /// touching the memory.
+  [[nodiscard]] static to_hand_over make_handed_over(role mine, const memory_name& name, const message_shape& shape,
+                                                     const channel_options& options, bool barrier);
+
+  /// Enters a channel in memory that was handed over; nothing about it is believed. `take_line` must follow.
+  ///
+  /// Waits: never. Allocates: the mapping. Errors: those of `enter_sealed_segment`, `type_mismatch`, `layout_mismatch`,
+  /// `no_barrier`, `end_in_use`. Complexity: touching the memory.
+  [[nodiscard]] static std::unique_ptr<endpoint> enter_handed_over(role mine, const memory_name& name, int memory,
+                                                                   const message_shape& shape,
+                                                                   const channel_options& options);
+
+  /// The connection by which this end and its peer ring each other, and whose end is the reason to look whether the peer
+  /// died. For ends in memory that was handed over: both of them are in now.
+  ///
+  /// Waits: never. Allocates: a little. Errors: `std::system_error` when no thread is to be had. Complexity: constant.
+  void take_line(unshared_descriptor line);
+
   /// Destroys the messages that were sent and never taken; called by the last end of a private channel.
   using destroy_messages = void (*)(std::byte* slots, std::uint64_t mask, std::uint64_t head,
                                     std::uint64_t tail) noexcept;
@@ -199,6 +230,9 @@ class endpoint final : private process_watcher {
   ///
   /// Waits: never. Allocates: the first time for each peer process. Complexity: a few loads of lines that rarely change.
   [[nodiscard]] inline news look_at_peer(std::uint64_t position) noexcept {
+    // acquire: pairs with the release in look_at_line_end.
+    if (const news fate = fate_.load(std::memory_order_acquire); fate != news::none) [[unlikely]]
+      return settled(fate);
     const end_entry& them = peer();
     // acquire, here, in death_untold and for the presence: pairs with the release of whoever poisoned, declared or
     // closed; what the peer published before that is then visible to the look that follows.
@@ -239,6 +273,7 @@ class endpoint final : private process_watcher {
   inline void death_reported() noexcept {
     // acquire: as in look_at_peer.
     death_seen_ = peer().last_death.load(std::memory_order_acquire);
+    death_told_ = true;
   }
 
   /// Whether this process is a child, made by fork, of the one that opened this end in a named segment: then the end is
@@ -251,6 +286,8 @@ class endpoint final : private process_watcher {
 
   /// Whether the peer closed, or the channel is poisoned.
   [[nodiscard]] inline bool peer_closed() const noexcept {
+    if (const news fate = fate_.load(std::memory_order_acquire); fate != news::none) [[unlikely]]
+      return settled(fate) != news::died;
     // acquire: the caller may go on to look at the lane for what came before.
     return static_cast<presence>(peer().presence.load(std::memory_order_acquire)) == presence::closed ||
            header_->poisoned.load(std::memory_order_acquire) != 0;
@@ -284,6 +321,14 @@ class endpoint final : private process_watcher {
   void watch_peer() noexcept;
   [[gnu::cold]] news found_rubbish() noexcept { return poison(); }
   bool look() noexcept override;
+  bool look_at_line_end() noexcept;
+  void wake_own_waiter() noexcept;
+  void hold(process_identity process) noexcept;
+  void enter_handed_over_memory();
+  /// What there is to tell of an end for which nobody comes any more: a death once, and then that it is closed.
+  [[nodiscard]] inline news settled(news fate) const noexcept {
+    return fate == news::died && death_told_ ? news::closed : fate;
+  }
   void close() noexcept;
 
   // Read on the path of each message that found its peer not awake, and at each look at an empty lane.
@@ -295,19 +340,29 @@ class endpoint final : private process_watcher {
   std::uint32_t slots_offset_ = 0;
   std::uint32_t death_seen_ = 0;
   std::atomic<std::uint32_t> watched_incarnation_{0};
-  /// Whether this end holds a role in a named segment: only there can a peer die.
+  /// Whether this end holds a role in a segment that another process shares: only there can a peer die.
   bool entered_ = false;
+  /// How it ended for good, where nobody replaces a peer: in memory that was handed over. Written by the sentry, or by
+  /// this end when it found an impossible value; kept here, because the peer may write what it likes to the segment.
+  std::atomic<news> fate_{news::none};
+  bool death_told_ = false;
   store_load barrier_ = store_load::by_fence;
 
   wait_policy policy_ = wait_policy::adaptive;
   std::int64_t longest_spin_ = 0;
   spin_budget spin_;
 
-  // The named segment.
+  // The segment that another process shares.
   std::string text_;
   memory_name name_;
   segment segment_;
   std::uint32_t fork_generation_ = 0;
+  /// The bell of the hub that waited last. The sentry reads it; the copy in the segment is for the peer.
+  std::atomic<std::uint64_t> bell_{0};
+  /// In memory that was handed over: the connection to the peer, and the bell that it rings. The locks go first: the end
+  /// of the line is the peer's reason to look at them.
+  unshared_descriptor line_;
+  std::uint64_t attended_by_ = 0;
   /// The peer that was alive when the hub announced itself, and so has its doorbell.
   std::uint32_t announced_to_ = 0;
   std::unique_ptr<futex_relay> relay_;

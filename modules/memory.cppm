@@ -36,24 +36,26 @@ enum class memory_scheme : std::uint8_t {
   system_v,
   /// A file of the user's, at any path: it outlives its ends and the machine's reboot.
   file,
+  /// A sealed memfd that is handed over a Unix socket: it has no name, and the socket's is what people call it by.
+  handed_over,
 };
 
 /// A channel's name, taken apart.
 struct memory_name {
   memory_scheme scheme = memory_scheme::posix;
-  /// What stands behind the scheme: a name, or a path.
+  /// What stands behind the scheme: a name, a path, or the name of a socket behind an '@'.
   std::string name;
   /// As the user would write it: `posix:orders`.
   [[nodiscard]] std::string text() const;
-  /// Where the file is that carries its locks: `/dev/shm/orders`, for System V that of its companion; empty for private
-  /// memory.
+  /// Where the file is that carries its locks: `/dev/shm/orders`, for System V that of its companion; empty for memory
+  /// that has no name.
   [[nodiscard]] std::string path() const;
   /// Whether the segment stays when its last end leaves, and is then the user's: never removed, never replaced.
   [[nodiscard]] bool outlives_its_ends() const noexcept;
 };
 
-/// Takes `posix:orders` apart; no scheme means `posix:`. A relative path of `file:` is completed with the working
-/// directory, so that it goes on to mean the same file.
+/// Takes `posix:orders` apart; no scheme means `posix:`. A relative path of `file:` or `unix:` is completed with the
+/// working directory, so that it goes on to mean the same file.
 ///
 /// Waits: never. Allocates: the name. Errors: `unknown_scheme`, `bad_name`. Complexity: linear in the text.
 [[nodiscard]] memory_name parse_memory_name(std::string_view text);
@@ -116,20 +118,46 @@ class mapping {
   std::size_t extent_ = 0;
 };
 
+/// Holds off every fork while it lives, so that a child never has a descriptor that nobody knows of. No descriptor of the
+/// kind below may be closed meanwhile.
+class [[nodiscard]] fork_pause {
+ public:
+  fork_pause();
+  ~fork_pause();
+  fork_pause(const fork_pause&) = delete;
+  fork_pause& operator=(const fork_pause&) = delete;
+};
+
+/// A descriptor of this process alone: closed by the destructor, and in every child made by fork. What the kernel ends
+/// with the last copy of a descriptor, as a lock or a connection, then ends with this process.
+class unshared_descriptor {
+ public:
+  unshared_descriptor() = default;
+  /// Takes over what was opened during the pause; a negative number is none, and errno stays as it is.
+  unshared_descriptor(const fork_pause& pause, int opened);
+  inline unshared_descriptor(unshared_descriptor&& other) noexcept : value_{std::exchange(other.value_, -1)} {}
+  inline unshared_descriptor& operator=(unshared_descriptor&& other) noexcept {
+    std::swap(value_, other.value_);
+    return *this;
+  }
+  ~unshared_descriptor();
+
+  [[nodiscard]] inline int get() const noexcept { return value_; }
+  explicit inline operator bool() const noexcept { return value_ >= 0; }
+
+ private:
+  int value_ = -1;
+};
+
 /// Locks on single bytes of a file that belong to one open file description: dropped by the kernel when the process
 /// ends, however it ends. In a child made by fork the descriptor is closed, which leaves the parent's locks alone.
 class file_locks {
  public:
   file_locks() = default;
-  /// Opens the file; no descriptor, and errno set, when it cannot. No fork comes between the opening and the entry in the
-  /// list of what a child closes: a child that kept the descriptor would keep the locks after our death.
+  /// Opens the file; no descriptor, and errno set, when it cannot. The destructor drops all locks.
   file_locks(const char* path, int flags, unsigned mode);
-  file_locks(file_locks&& other) noexcept;
-  file_locks& operator=(file_locks&& other) noexcept;
-  /// Drops all locks.
-  ~file_locks();
 
-  [[nodiscard]] inline int descriptor() const noexcept { return descriptor_; }
+  [[nodiscard]] inline int descriptor() const noexcept { return descriptor_.get(); }
   /// False when another description holds the byte.
   [[nodiscard]] bool try_lock(std::uint64_t byte) noexcept;
   /// Waits: parks in the kernel until the byte is free.
@@ -145,7 +173,7 @@ class file_locks {
   [[nodiscard]] bool inhabited_by_other() const noexcept;
 
  private:
-  int descriptor_ = -1;
+  unshared_descriptor descriptor_;
 };
 
 /// The byte whose lock is the gate: entering, leaving and declaring dead happen one at a time.
@@ -215,6 +243,28 @@ enum class verdict : std::uint8_t {
 /// Takes the name away if it still names the segment behind `locks`, and a System V segment with it. The gate must be
 /// held.
 void remove_name(const memory_name& name, const file_locks& locks) noexcept;
+
+/// Makes the memory of a channel that is to be handed over: a memfd, really allocated, filled, and then sealed against
+/// shrinking, growing and further seals, so that whoever maps it can rely on its size. `name` is what /proc shows of it.
+///
+/// The returned segment has an open file description of its own for its locks; `to_hand_over` is what the peer is given,
+/// and is not needed here afterwards.
+///
+/// Waits: never. Allocates: the segment. Errors: `no_space`, or the errno of the failing call (ENOENT: no /proc).
+/// Complexity: a dozen system calls; touching the pages dominates.
+[[nodiscard]] segment make_sealed_segment(const memory_name& name, const segment_plan& plan,
+                                          unshared_descriptor& to_hand_over);
+
+/// Maps memory that a peer handed over, of which nothing is believed: it must be a memfd that is sealed as
+/// `make_sealed_segment` does it and really allocated, so that no access to it can fault, and as long as `bytes_to_map`
+/// says. That is called with the first `header_bytes` bytes, and throws when they do not begin a channel that fits.
+///
+/// Waits: never. Allocates: the mapping. Errors: `foreign_segment` for any other kind of descriptor, `truncated_segment`
+/// and `layout_mismatch` for a size or an allocation that does not fit the header, what `bytes_to_map` throws, or the
+/// errno of the failing call. Complexity: half a dozen system calls; touching the pages dominates.
+[[nodiscard]] segment enter_sealed_segment(
+    const memory_name& name, int handed_over, std::size_t header_bytes,
+    const std::function<std::size_t(std::span<const std::byte> header)>& bytes_to_map);
 
 /// Something that may be a named segment.
 struct named_file {

@@ -81,9 +81,14 @@ std::string_view name_in(const segment_header& header) {
   return {header.message_name, ::strnlen(header.message_name, sizeof header.message_name)};
 }
 
-std::string describe(std::string_view name, std::uint32_t version, std::uint32_t bytes, std::uint32_t alignment) {
-  return "type " + quoted(name) + " version " + std::to_string(version) + " of " + std::to_string(bytes) +
-         " bytes aligned to " + std::to_string(alignment);
+message_shape shape_in(const segment_header& header) {
+  return {name_in(header), header.message_version, header.message_bytes, header.message_alignment};
+}
+
+bool same_type(const segment_header& header, const message_shape& shape) {
+  return name_in(header) == shape.name.substr(0, sizeof header.message_name - 1) &&
+         header.message_version == shape.version && header.message_bytes == shape.bytes &&
+         header.message_alignment == shape.alignment;
 }
 
 /// Throws unless these bytes begin a whole segment of our layout. Returns how long it is.
@@ -164,6 +169,11 @@ bool declare_if_dead(segment_header& header, role who, const file_locks& locks) 
 
 }  // namespace
 
+std::string describe(const message_shape& shape) {
+  return "type " + quoted(shape.name) + " version " + std::to_string(shape.version) + " of " +
+         std::to_string(shape.bytes) + " bytes aligned to " + std::to_string(shape.alignment);
+}
+
 struct endpoint::private_channel {
   mapping memory;
   destroy_messages destroy = nullptr;
@@ -225,6 +235,11 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
   made->name_ = parse_memory_name(name);
   made->text_ = made->name_.text();
   const std::string& channel = made->text_;
+  if (made->name_.scheme == memory_scheme::handed_over) {
+    fail(errc::unknown_scheme, channel +
+                                   ": expected a channel that is opened by its name, found one that is handed over "
+                                   "by a strait::listener and reached with strait::connect");
+  }
   const std::uint64_t capacity = checked_capacity(channel, options.capacity, shape);
   const bool registered = register_barrier(store_load::by_machine_barrier);
   const auto barrier =
@@ -265,12 +280,7 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     if (!sound) {
       return refuse(errc::corrupt, "a sound channel", "one that was poisoned by an impossible value");
     }
-    if (name_in(header) != shape.name.substr(0, sizeof header.message_name - 1) ||
-        header.message_version != shape.version || header.message_bytes != shape.bytes ||
-        header.message_alignment != shape.alignment) {
-      return refuse(errc::type_mismatch, describe(shape.name, shape.version, shape.bytes, shape.alignment),
-                    describe(name_in(header), header.message_version, header.message_bytes, header.message_alignment));
-    }
+    if (!same_type(header, shape)) return refuse(errc::type_mismatch, describe(shape), describe(shape_in(header)));
     if (options.capacity && header.capacity != capacity) {
       return refuse(errc::layout_mismatch, "a capacity of " + std::to_string(capacity) + " messages",
                     std::to_string(header.capacity));
@@ -348,31 +358,109 @@ void endpoint::enter() {
     them.doorbell.store(0, std::memory_order_relaxed);
     them.pid.store(0, std::memory_order_relaxed);
   }
-  const process_identity me = this_process();
-  const boot_identity boot = this_boot();
-  end_entry& mine = own();
-  // relaxed, all of them: the incarnation below releases them.
-  mine.boot_high.store(boot.high, std::memory_order_relaxed);
-  mine.boot_low.store(boot.low, std::memory_order_relaxed);
-  mine.process_high.store(me.high, std::memory_order_relaxed);
-  mine.process_low.store(me.low, std::memory_order_relaxed);
-  mine.doorbell.store(0, std::memory_order_relaxed);
-  mine.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);
-  // release: pairs with the acquire in watch_peer and announce_hub, which must not take a number for the process that
-  // held the role before.
-  mine.incarnation.fetch_add(1, std::memory_order_release);
+  hold(this_process());
   // Whoever comes to a dead peer is told once, like a survivor.
   const std::uint32_t last_death = peer().last_death.load(std::memory_order_relaxed);
   const bool found_dead = static_cast<presence>(peer().presence.load(std::memory_order_relaxed)) == presence::dead;
   death_seen_ = found_dead ? last_death - 1 : last_death;
-  entered_ = true;
   // release: pairs with the acquire in look_at_peer.
-  mine.presence.store(static_cast<std::uint32_t>(presence::awake), std::memory_order_release);
+  own().presence.store(static_cast<std::uint32_t>(presence::awake), std::memory_order_release);
   // The peer may be waiting for somebody to come; it has to know whose lock to keep an eye on. The futex is woken whatever
   // its word says: whoever came before us may have been killed between taking the announcement back and ringing.
   ring(claim_ring(peer_word(), barrier_));
   futex_wake(peer_word());
   locks.unlock(gate_byte);
+}
+
+/// Writes whose this end is into its entry.
+void endpoint::hold(process_identity process) noexcept {
+  const boot_identity boot = this_boot();
+  end_entry& mine = own();
+  // relaxed, all of them: the incarnation below releases them.
+  mine.boot_high.store(boot.high, std::memory_order_relaxed);
+  mine.boot_low.store(boot.low, std::memory_order_relaxed);
+  mine.process_high.store(process.high, std::memory_order_relaxed);
+  mine.process_low.store(process.low, std::memory_order_relaxed);
+  mine.doorbell.store(0, std::memory_order_relaxed);
+  mine.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);
+  // release: pairs with the acquire in watch_peer and announce_hub, which must not take a number for the process that
+  // held the role before.
+  mine.incarnation.fetch_add(1, std::memory_order_release);
+  entered_ = true;
+}
+
+endpoint::to_hand_over endpoint::make_handed_over(role mine, const memory_name& name, const message_shape& shape,
+                                                  const channel_options& options, bool barrier) {
+  to_hand_over made{std::unique_ptr<endpoint>{new endpoint}, {}};
+  endpoint& end = *made.end;
+  end.name_ = name;
+  end.text_ = name.text();
+  const std::uint64_t capacity = checked_capacity(end.text_, options.capacity, shape);
+  const bool by_machine =
+      barrier && options.order == ordering::automatic && register_barrier(store_load::by_machine_barrier);
+  // What we go by: in the segment the peer may change it.
+  segment_header header{};
+  fill_header(header, shape, capacity, by_machine ? store_load::by_machine_barrier : store_load::by_fence);
+  segment_plan plan;
+  plan.bytes = header.segment_bytes;
+  plan.node = options.node;
+  plan.fill = [&](std::byte* memory) {
+    fill_header(*::new (static_cast<void*>(memory)) segment_header{}, shape, capacity, header.barrier);
+  };
+  end.segment_ = make_sealed_segment(name, plan, made.memory);
+  end.adopt(*std::launder(reinterpret_cast<segment_header*>(end.segment_.map.data())), header, mine, options);
+  end.enter_handed_over_memory();
+  return made;
+}
+
+std::unique_ptr<endpoint> endpoint::enter_handed_over(role mine, const memory_name& name, int memory,
+                                                      const message_shape& shape, const channel_options& options) {
+  std::unique_ptr<endpoint> made{new endpoint};
+  made->name_ = name;
+  made->text_ = name.text();
+  const std::string& channel = made->text_;
+  // The one copy that is checked and gone by: the peer can change what is in the segment at any time.
+  segment_header checked{};
+  made->segment_ = enter_sealed_segment(name, memory, sizeof(segment_header), [&](std::span<const std::byte> bytes) {
+    const std::size_t whole = checked_size(channel, bytes, checked);
+    if (!same_type(checked, shape)) {
+      fail(errc::type_mismatch, channel + ": expected " + describe(shape) + ", found " + describe(shape_in(checked)));
+    }
+    if (options.capacity && checked.capacity != checked_capacity(channel, options.capacity, shape)) {
+      fail(errc::layout_mismatch, channel + ": expected a capacity of " + std::to_string(*options.capacity) +
+                                      " messages, found " + std::to_string(checked.capacity));
+    }
+    if (checked.barrier != store_load::by_fence) {
+      if (options.order == ordering::fence) {
+        fail(errc::layout_mismatch, channel + ": expected option order = fence, found order = automatic (membarrier)");
+      }
+      if (checked.barrier != store_load::by_machine_barrier || !register_barrier(store_load::by_machine_barrier)) {
+        fail(errc::no_barrier, channel + ": expected a barrier that this process can have, found another");
+      }
+    }
+    return whole;
+  });
+  made->adopt(*std::launder(reinterpret_cast<segment_header*>(made->segment_.map.data())), checked, mine, options);
+  made->enter_handed_over_memory();
+  return made;
+}
+
+void endpoint::enter_handed_over_memory() {
+  // No gate: there are two ends, each of whom enters once, and the peer could hold it for ever.
+  if (!segment_.locks.try_lock(byte_of(role_))) {
+    fail(errc::end_in_use, text_ + ": expected no living " + std::string{to_string(role_)} + ", found one");
+  }
+  // No process is named: the peer rings the line, and is told nothing by which it could find our mailbox.
+  hold({});
+  // release: pairs with the acquire in look_at_peer.
+  own().presence.store(static_cast<std::uint32_t>(presence::awake), std::memory_order_release);
+}
+
+void endpoint::take_line(unshared_descriptor line) {
+  line_ = std::move(line);
+  // Whatever stands there later is of the same peer.
+  watched_incarnation_.store(peer().incarnation.load(std::memory_order_relaxed), std::memory_order_relaxed);
+  watch_line(line_.get(), *this);
 }
 
 endpoint::~endpoint() {
@@ -392,6 +480,14 @@ void endpoint::close() noexcept {
   }
   if (!entered_) return;  // nothing to leave
   unwatch_process(*this);
+  if (name_.scheme == memory_scheme::handed_over) {
+    // release: as above.
+    own_word().store(static_cast<std::uint32_t>(presence::closed), std::memory_order_release);
+    ring(claim_ring(peer_word(), barrier_));
+    if (attended_by_ != 0) doorbell::leave(attended_by_, line_.get());
+    segment_.locks = {};  // before the line
+    return;
+  }
   // The hub may have ended without taking its announcement back, and a relay sleeps as long as that stands.
   take_back(own_word());
   relay_.reset();
@@ -419,6 +515,10 @@ void endpoint::ring(presence parked) noexcept {
     futex_wake(peer_word());
   } else if (parked == presence::hub_parked) {
     count_one(own().wakes);
+    if (line_) {
+      ring_line(line_.get());
+      return;
+    }
     const end_entry& them = peer();
     // relaxed: the owner wrote them before it announced, and the claim acquired the announcement.
     const process_identity owner{them.process_high.load(std::memory_order_relaxed),
@@ -436,6 +536,8 @@ news endpoint::poison() noexcept {
   if (inherited()) return news::inherited;
   // release: pairs with the acquire in look_at_peer.
   header_->poisoned.store(1, std::memory_order_release);
+  // relaxed: this end's own thread reads it; the sentry may write it at the same time, and either is right.
+  if (line_) fate_.store(news::corrupt, std::memory_order_relaxed);
   // The peer's word may be what was overwritten, with the peer asleep behind it: ring, whatever the word says.
   (void)claim_ring(peer_word(), barrier_);
   ring(presence::thread_parked);
@@ -445,7 +547,8 @@ news endpoint::poison() noexcept {
 
 void endpoint::watch_peer() noexcept {
   // In a forked child the end is the parent's, and close() would not end the watch.
-  if (inherited()) return;
+  // A peer at the other end of a line is watched from the first, and has no successor.
+  if (inherited() || line_) return;
   const end_entry& them = peer();
   // acquire: the process below is that of this incarnation, or of a later one; then the incarnation is found different
   // at the next look, and we come back here.
@@ -466,6 +569,7 @@ void endpoint::watch_peer() noexcept {
 }
 
 bool endpoint::look() noexcept {
+  if (line_) return look_at_line_end();
   // The sentry calls this between watch_process and unwatch_process; the owner uses the gate before and after, or when it
   // got no sentry, so that the two never hold it together (a lock does not exclude its own description).
   if (!segment_.locks.try_lock(gate_byte)) return false;  // somebody enters or leaves: look again soon
@@ -477,19 +581,47 @@ bool endpoint::look() noexcept {
       them.incarnation.load(std::memory_order_relaxed) != watched_incarnation_.load(std::memory_order_relaxed);
   segment_.locks.unlock(gate_byte);
   if (!settled) return false;
+  wake_own_waiter();
+  return true;
+}
+
+bool endpoint::look_at_line_end() noexcept {
+  // The peer may have passed its line on, or closed it, and live; then its lock is held.
+  if (segment_.locks.held_by_other(byte_of(other(role_)))) return false;
+  // acquire: what it published before its farewell.
+  const bool farewell = static_cast<presence>(peer_word().load(std::memory_order_acquire)) == presence::closed;
+  // So that a sender that always finds room looks, too. relaxed: what counts is `fate_`.
+  if (!farewell) peer_word().store(static_cast<std::uint32_t>(presence::dead), std::memory_order_relaxed);
+  // release: pairs with the acquire in look_at_peer.
+  fate_.store(farewell ? news::closed : news::died, std::memory_order_release);
+  wake_own_waiter();
+  return true;
+}
+
+void endpoint::wake_own_waiter() noexcept {
   // Wake whoever waits on this end, whatever the word says by now. `awake` does not mean that somebody was woken: the
   // peer may have been killed between taking the announcement back and ringing, or a replacement took it back and could
   // not ring, because only the dead process had the doorbell. A wake too many makes the owner look once more.
   (void)claim_ring(own_word(), barrier_);
   futex_wake(own_word());
-  doorbell::ring(own().doorbell.load(std::memory_order_relaxed));
-  return true;
+  // relaxed: a hub that announced another bell meanwhile has looked since, and saw what is to be told.
+  doorbell::ring(bell_.load(std::memory_order_relaxed));
 }
 
 void endpoint::announce_hub(std::uint64_t doorbell_number) {
-  end_entry& mine = own();
-  // relaxed: the announcement's barrier orders it before anybody reads it.
-  mine.doorbell.store(doorbell_number, std::memory_order_relaxed);
+  // relaxed, both: the announcement's barrier orders them before anybody reads them.
+  bell_.store(doorbell_number, std::memory_order_relaxed);
+  if (line_) {
+    if (attended_by_ != doorbell_number) {
+      if (attended_by_ != 0) doorbell::leave(attended_by_, line_.get());
+      attended_by_ = 0;  // none, if the next throws
+      doorbell::attend(doorbell_number, line_.get());
+      attended_by_ = doorbell_number;
+    }
+    announce(own_word(), presence::hub_parked);
+    return;
+  }
+  own().doorbell.store(doorbell_number, std::memory_order_relaxed);
   hub_waits_on_futex_ = false;
   if (!private_) {
     const end_entry& them = peer();
@@ -514,7 +646,7 @@ void endpoint::announce_hub(std::uint64_t doorbell_number) {
 bool endpoint::hub_sleeps() noexcept {
   if (hub_waits_on_futex_) {
     relay_->arm();
-  } else if (!private_ && peer().incarnation.load(std::memory_order_relaxed) != announced_to_) {
+  } else if (!private_ && !line_ && peer().incarnation.load(std::memory_order_relaxed) != announced_to_) {
     // relaxed: behind the announcement's barrier. A peer that entered before it is seen here; one that enters after it
     // takes the announcement back in vain, but then its predecessor has rung, or died, which the sentry tells.
     return false;

@@ -111,7 +111,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
     std::call_once(used_, [&] {
       executor_ = asio::prefer(without_strand(executor), asio::execution::outstanding_work.untracked);
       // Now, because Asio may open a reactor for it: when it is time to park there may be no descriptors left.
-      bell_wait_.emplace(executor_, bell_.descriptor());
+      bell_wait_.descriptor.emplace(executor_, bell_.descriptor());
       alarm_.emplace(executor_);
     });
   }
@@ -238,9 +238,10 @@ class asio_hub final : public asio::execution_context::service, public hub {
     // Of coroutines that outlive the context.
     while (!timers_.empty()) remove(*timers_.back());
     alarm_.reset();
-    if (bell_wait_) {
-      bell_wait_->release();  // the descriptor is the doorbell's
-      bell_wait_.reset();
+    for (bell_wait* wait : {&bell_wait_, &lines_wait_}) {
+      if (!wait->descriptor) continue;
+      wait->descriptor->release();  // the descriptor is the doorbell's
+      wait->descriptor.reset();
     }
   }
 
@@ -558,10 +559,11 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   /// False: somebody came meanwhile.
   bool go_idle() {
-    if (armed_) {
-      ++arming_;  // the handler that is cancelled now must not count as the doorbell's
-      armed_ = false;
-      bell_wait_->cancel();
+    for (bell_wait* wait : {&bell_wait_, &lines_wait_}) {
+      if (!wait->armed) continue;
+      ++wait->arming;  // the handler that is cancelled now must not count as the doorbell's
+      wait->armed = false;
+      wait->descriptor->cancel();
     }
     set_alarm();
     return rest(hub_state::idle);
@@ -589,13 +591,17 @@ class asio_hub final : public asio::execution_context::service, public hub {
       try {
         waiter->end->announce_hub(bell_.number());
       } catch (const std::system_error&) {
-        // No thread could be had for the relay that this end needs: stay awake.
+        // No thread could be had for the relay that this end needs, or no descriptor for its line: stay awake.
         take_back_all();
         return false;
       }
       by_process = by_process || waiter->end->barrier() == store_load::by_process_barrier;
       by_machine = by_machine || waiter->end->barrier() == store_load::by_machine_barrier;
       by_fence = by_fence || waiter->end->barrier() == store_load::by_fence;
+    }
+    if (bell_.lines() >= 0 && !lines_wait_.descriptor && !wait_for_lines()) {
+      take_back_all();
+      return false;
     }
     if (by_fence) heavy_barrier(store_load::by_fence);
     if (by_process) heavy_barrier(store_load::by_process_barrier);
@@ -613,26 +619,52 @@ class asio_hub final : public asio::execution_context::service, public hub {
       }
     }
     parked_at_ = now_ns();
-    if (!armed_) {
-      bell_wait_->async_wait(asio::posix::stream_descriptor::wait_read,
-                             [this, arming = ++arming_](const std::error_code& error) { rung(error, arming); });
-      armed_ = true;  // not if the call above found no memory
-    }
+    arm(bell_wait_);
+    if (lines_wait_.descriptor) arm(lines_wait_);
     set_alarm();
     if (rest(hub_state::parked)) return true;
     take_back_all();
     return false;
   }
 
-  /// The doorbell is readable.
-  void rung(const std::error_code& error, std::uint64_t arming) {
+  /// A wait of the reactor's for the doorbell, or for the lines of those who may not have it.
+  struct bell_wait {
+    std::optional<asio::posix::stream_descriptor> descriptor;
+    bool armed = false;
+    std::uint64_t arming = 0;
+  };
+
+  /// False: the reactor has no room for them, so nobody may sleep behind a line.
+  [[nodiscard]] bool wait_for_lines() {
+    try {
+      lines_wait_.descriptor.emplace(executor_, bell_.lines());
+      return true;
+    } catch (const std::system_error&) {
+      return false;
+    }
+  }
+
+  void arm(bell_wait& wait) {
+    if (wait.armed) return;
+    wait.descriptor->async_wait(
+        asio::posix::stream_descriptor::wait_read,
+        [this, &wait, arming = ++wait.arming](const std::error_code& error) { rung(wait, error, arming); });
+    wait.armed = true;  // not if the call above found no memory
+  }
+
+  /// The doorbell, or a line, is readable.
+  void rung(bell_wait& wait, const std::error_code& error, std::uint64_t arming) {
     {
       // A handler that is called in a turn may run the context in turn, and so come here.
       const auto lock = lock_unless_turning();
-      if (arming != arming_) return;
-      armed_ = false;
+      if (arming != wait.arming) return;
+      wait.armed = false;
       if (error) return;
-      bell_.drain();
+      if (&wait == &bell_wait_) {
+        bell_.drain();
+      } else {
+        bell_.drain_lines();
+      }
     }
     if (make_resident()) turn();
   }
@@ -664,9 +696,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
   std::int64_t parked_at_ = 0;
 
   doorbell bell_;
-  std::optional<asio::posix::stream_descriptor> bell_wait_;
-  bool armed_ = false;
-  std::uint64_t arming_ = 0;
+  bell_wait bell_wait_;
+  bell_wait lines_wait_;
 
   /// Who sleeps: a binary heap, the first to wake at its front.
   std::vector<hub_timer*> timers_;

@@ -129,7 +129,7 @@ constexpr std::size_t most_kept = 4096;
 /// What the child of a fork must let go of, because it is the parent's.
 struct estate {
   std::mutex mutex;
-  /// Of all file_locks.
+  /// Of all unshared descriptors.
   std::set<int> descriptors;
   struct shared_memory {
     std::size_t bytes;
@@ -483,6 +483,8 @@ std::string memory_name::text() const {
       return "sysv:" + name;
     case memory_scheme::file:
       return "file:" + name;
+    case memory_scheme::handed_over:
+      return "unix:" + name;
   }
   return name;
 }
@@ -490,6 +492,7 @@ std::string memory_name::text() const {
 std::string memory_name::path() const {
   switch (scheme) {
     case memory_scheme::private_memory:
+    case memory_scheme::handed_over:
       return {};
     case memory_scheme::posix:
       return std::string{shm_directory} + name;
@@ -507,23 +510,28 @@ bool memory_name::outlives_its_ends() const noexcept {
 
 namespace {
 
-/// `file:` and then a path, which may be relative.
-memory_name parse_path(std::string_view path) {
-  constexpr std::size_t longest = 4095;  // PATH_MAX, without the NUL
+/// A scheme and then a path, which may be relative; for a socket also a name behind an '@'.
+memory_name parse_path(memory_scheme scheme, std::string_view path) {
+  // PATH_MAX, or what fits into a socket's address; both without the NUL.
+  const bool of_socket = scheme == memory_scheme::handed_over;
+  const std::size_t longest = of_socket ? 107 : 4095;
+  memory_name result{.scheme = scheme, .name = std::string{path}};
   const auto reject = [&](const std::string& found) {
-    fail(errc::bad_name, "channel name \"file:" + printable(path) + "\": expected the path of a file, of 1 to " +
-                             std::to_string(longest) + " bytes without NUL; found " + found);
+    fail(errc::bad_name, "channel name \"" + printable(result.text()) + "\": expected the path of a " +
+                             (of_socket ? "socket" : "file") + ", of 1 to " + std::to_string(longest) +
+                             " bytes without NUL; found " + found);
   };
   if (path.empty()) reject("an empty path");
   if (path.find('\0') != std::string_view::npos) reject("a NUL");
-  const std::string_view last = path.substr(path.rfind('/') + 1);  // all of it when there is no slash
-  if (last.empty() || last == "." || last == "..") reject("a directory");
-  memory_name result{.scheme = memory_scheme::file, .name = std::string{path}};
-  if (path.front() != '/') {
-    std::error_code error;
-    const std::string here = std::filesystem::current_path(error).string();
-    if (error) fail_errno(error.value(), result.text() + ": completing the path with the working directory");
-    result.name.insert(0, here.ends_with('/') ? here : here + '/');
+  if (!(of_socket && path.front() == '@')) {
+    const std::string_view last = path.substr(path.rfind('/') + 1);  // all of it when there is no slash
+    if (last.empty() || last == "." || last == "..") reject("a directory");
+    if (path.front() != '/') {
+      std::error_code error;
+      const std::string here = std::filesystem::current_path(error).string();
+      if (error) fail_errno(error.value(), result.text() + ": completing the path with the working directory");
+      result.name.insert(0, here.ends_with('/') ? here : here + '/');
+    }
   }
   if (result.name.size() > longest) reject(std::to_string(result.name.size()) + " bytes");
   return result;
@@ -535,12 +543,14 @@ memory_name parse_memory_name(std::string_view text) {
   memory_name result;
   if (const auto colon = text.find(':'); colon != std::string_view::npos) {
     const std::string_view scheme = text.substr(0, colon + 1);
-    if (scheme == "file:") return parse_path(text.substr(colon + 1));
+    if (scheme == "file:") return parse_path(memory_scheme::file, text.substr(colon + 1));
+    if (scheme == "unix:") return parse_path(memory_scheme::handed_over, text.substr(colon + 1));
     if (scheme == "sysv:") {
       result.scheme = memory_scheme::system_v;
     } else if (scheme != "posix:") {
-      fail(errc::unknown_scheme, "channel \"" + printable(text) +
-                                     "\": expected the scheme \"posix:\", \"sysv:\" or \"file:\", or none, found \"" +
+      fail(errc::unknown_scheme,
+           "channel \"" + printable(text) +
+               "\": expected the scheme \"posix:\", \"sysv:\", \"file:\" or \"unix:\", or none, found \"" +
                                      printable(scheme) + "\"");
     }
     text.remove_prefix(colon + 1);
@@ -625,47 +635,52 @@ void mapping::populate() noexcept {
   }
 }
 
-file_locks::file_locks(const char* path, int flags, unsigned mode) {
-  auto& list = estate_of_process();
-  const std::lock_guard guard{list.mutex};
-  const int opened = ::open(path, flags, static_cast<mode_t>(mode));
+fork_pause::fork_pause() {
+  estate_of_process().mutex.lock();
+}
+
+fork_pause::~fork_pause() {
+  estate_of_process().mutex.unlock();
+}
+
+unshared_descriptor::unshared_descriptor(const fork_pause&, int opened) {
   if (opened < 0) return;
+  const int error = errno;
   try {
-    list.descriptors.insert(opened);
+    estate_of_process().descriptors.insert(opened);
   } catch (...) {
     ::close(opened);
     throw;
   }
-  descriptor_ = opened;
+  errno = error;
+  value_ = opened;
 }
 
-file_locks::file_locks(file_locks&& other) noexcept : descriptor_{std::exchange(other.descriptor_, -1)} {}
-
-file_locks& file_locks::operator=(file_locks&& other) noexcept {
-  std::swap(descriptor_, other.descriptor_);
-  return *this;
-}
-
-file_locks::~file_locks() {
-  if (descriptor_ < 0) return;
+unshared_descriptor::~unshared_descriptor() {
+  if (value_ < 0) return;
   auto& list = estate_of_process();
   const std::lock_guard guard{list.mutex};
   // After a fork the child's handler has closed it already, and the number may be somebody else's by now.
-  if (list.descriptors.erase(descriptor_) != 0) ::close(descriptor_);
+  if (list.descriptors.erase(value_) != 0) ::close(value_);
+}
+
+file_locks::file_locks(const char* path, int flags, unsigned mode) {
+  const fork_pause pause;
+  descriptor_ = unshared_descriptor{pause, ::open(path, flags, static_cast<mode_t>(mode))};
 }
 
 bool file_locks::try_lock(std::uint64_t byte) noexcept {
   struct ::flock lock = byte_lock(F_WRLCK, byte);
   int result = 0;
   do {
-    result = ::fcntl(descriptor_, F_OFD_SETLK, &lock);
+    result = ::fcntl(descriptor(), F_OFD_SETLK, &lock);
   } while (result != 0 && errno == EINTR);
   return result == 0;
 }
 
 void file_locks::lock(std::uint64_t byte) noexcept {
   struct ::flock lock = byte_lock(F_WRLCK, byte);
-  while (::fcntl(descriptor_, F_OFD_SETLKW, &lock) != 0 && errno == EINTR) {
+  while (::fcntl(descriptor(), F_OFD_SETLKW, &lock) != 0 && errno == EINTR) {
   }
 }
 
@@ -680,18 +695,18 @@ bool file_locks::lock_within(std::uint64_t byte, std::chrono::milliseconds patie
 
 void file_locks::unlock(std::uint64_t byte) noexcept {
   struct ::flock lock = byte_lock(F_UNLCK, byte);
-  ::fcntl(descriptor_, F_OFD_SETLK, &lock);
+  ::fcntl(descriptor(), F_OFD_SETLK, &lock);
 }
 
 bool file_locks::held_by_other(std::uint64_t byte) const noexcept {
   struct ::flock lock = byte_lock(F_WRLCK, byte);
-  return ::fcntl(descriptor_, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
+  return ::fcntl(descriptor(), F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
 }
 
 bool file_locks::inhabited_by_other() const noexcept {
   struct ::flock lock = byte_lock(F_WRLCK, gate_byte + 1);
   lock.l_len = 0;  // to the end, wherever that is
-  return ::fcntl(descriptor_, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
+  return ::fcntl(descriptor(), F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
 }
 
 boot_identity this_boot() noexcept {

@@ -29,6 +29,7 @@
 #include <new>
 #include <optional>
 #include <span>
+#include <string_view>
 #include <system_error>
 #include <tuple>
 #include <type_traits>
@@ -265,6 +266,25 @@ struct whole {
   }
 };
 
+/// Waits for a peer, and hands it to the handler.
+template <class Operation>
+struct arriving {
+  Operation operation;
+  [[nodiscard]] endpoint* end() const noexcept { return operation.end(); }
+  [[nodiscard]] bool look(bool alone) noexcept { return operation.look(alone); }
+  template <class Handler>
+  void invoke(Handler&& handler, bool aborted) {
+    using result = typename Operation::result;
+    if (aborted) {
+      std::forward<Handler>(handler)(std::error_code{asio::error::operation_aborted}, result{});
+      return;
+    }
+    std::exception_ptr failure;
+    result made = operation.finish(failure);
+    std::forward<Handler>(handler)(code_of(failure), std::move(made));
+  }
+};
+
 /// Begins an operation. Its executor is for what a token makes beside it, as `cancel_after` makes a timer: our operations
 /// belong to no context before a handler is there.
 struct initiation {
@@ -362,6 +382,36 @@ auto async_send(sender<T>& to, U&& message, Token&& token) {
   using operation = typename sender<T>::template send_operation<>;
   return detail::start<detail::whole<operation>, void(std::error_code)>(
       detail::whole<operation>{operation{to, T(std::forward<U>(message)), {}}}, std::forward<Token>(token));
+}
+
+/// The same of a duplex.
+template <class In, class Out, class Token>
+auto async_recv(duplex<In, Out>& from, Token&& token) {
+  return async_recv(from.in, std::forward<Token>(token));
+}
+template <class In, class Out, class U, class Token>
+auto async_send(duplex<In, Out>& to, U&& message, Token&& token) {
+  return async_send(to.out, std::forward<U>(message), std::forward<Token>(token));
+}
+
+/// Accepts the next peer; any completion token. Signature: `void(std::error_code, duplex<In, Out>)`. Everything else as
+/// for `async_recv`, and for `accept`.
+template <class In, class Out, class Token>
+auto async_accept(listener<In, Out>& at, Token&& token) {
+  using operation = decltype(at.make_operation(errors_thrown{}));
+  return detail::start<detail::arriving<operation>, void(std::error_code, duplex<In, Out>)>(
+      detail::arriving<operation>{at.make_operation(errors_thrown{})}, std::forward<Token>(token));
+}
+
+/// Connects to a listener: `async_connect<Reply, Request>(name, token)`. The attempt begins at once. Everything else as
+/// for `async_accept`, and for `connect`.
+template <class In, class Out, class Token>
+auto async_connect(std::string_view name, Token&& token, const connect_options& options = {}) {
+  using operation = arrival_operation<In, Out, std::unique_ptr<caller>, errors_thrown>;
+  return detail::start<detail::arriving<operation>, void(std::error_code, duplex<In, Out>)>(
+      detail::arriving<operation>{
+          operation{std::make_unique<caller>(name, duplex_shape_of<In, Out>, options), errors_thrown{}}},
+      std::forward<Token>(token));
 }
 
 /// Sends all messages of the span, which must live until then; any completion token. Signature:
