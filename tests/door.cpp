@@ -765,9 +765,8 @@ TEST_CASE("a peer that fills, or half closes, its line makes nobody wait") {
   strait::segment_header& there = stranger.header(0);
   auto& waiting = there.ends[static_cast<std::size_t>(strait::role::receiver)].presence;
   REQUIRE(eventually([&] { return parked(waiting); }));
-  stranger.socket.shut_down_writing();
   stranger.publish(request{77});  // without a ring: the hub sleeps until something else wakes it
-  stranger.leave();               // its line ends, and nobody holds its lock
+  stranger.socket.shut_down_writing();  // nobody holds its lock
   runner.join();
   CHECK(got == 77);
   CHECK(error == strait::errc::peer_died);

@@ -65,6 +65,8 @@ std::string_view scheme_of(const channel_state& channel) {
       return "sysv";
     case strait::memory_scheme::file:
       return "file";
+    case strait::memory_scheme::handed_over:
+      return "unix";
   }
   return "unknown";
 }
