@@ -17,6 +17,7 @@ module;
 export module strait.door;
 
 import strait.error;
+import strait.hub;
 export import strait.channel;
 
 /// Channels for peers who are not trusted: a listener at a Unix socket hands each client memory of its own, sealed, with
@@ -227,7 +228,8 @@ class arrival_operation {
 
   [[nodiscard]] bool ready_now() noexcept { return wait_.ready_now(); }
   [[nodiscard]] bool look(bool alone) noexcept { return wait_.look(alone); }
-  [[nodiscard]] endpoint* end() const noexcept { return wait_.end(); }
+  bool wait(const wait_place& place, hub_waiter& waiter) noexcept { return wait_.wait(place, waiter); }
+  bool withdraw(hub& where, hub_waiter& waiter) noexcept { return wait_.withdraw(where, waiter); }
 
   result finish() {
     std::exception_ptr failure;
@@ -253,7 +255,11 @@ class arrival_operation {
     return result{std::move(*came)};
   }
   result finish_cancelled(std::error_code why) {
-    if constexpr (Errors::set) *errors_.code = why;
+    if constexpr (!Errors::set) {
+      throw std::system_error{why, "waiting for a peer"};
+    } else {
+      *errors_.code = why;
+    }
     return {};
   }
 

@@ -325,6 +325,7 @@ class endpoint final : private process_watcher {
   void wake_own_waiter() noexcept;
   void hold(process_identity process) noexcept;
   void enter_handed_over_memory();
+  void keep_from_children();
   /// What there is to tell of an end for which nobody comes any more: a death once, and then that it is closed.
   [[nodiscard]] inline news settled(news fate) const noexcept {
     return fate == news::died && death_told_ ? news::closed : fate;

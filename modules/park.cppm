@@ -246,6 +246,9 @@ class doorbell {
   /// wakes the hub again, at its own expense. The lanes are looked at after this.
   void drain_lines() noexcept;
 
+  /// In the child of a fork, with the list locked: has every bell stand for an eventfd of the child's.
+  static void renew_all() noexcept;
+
  private:
   int descriptor_;
   int lines_ = -1;

@@ -837,7 +837,7 @@ class conversation {
     }
     const std::string reason = harmless({answer.reason, ::strnlen(answer.reason, sizeof answer.reason)});
     if (answer.refusal != 0) {
-      if (answer.refusal > static_cast<std::uint32_t>(errc::no_permission)) {
+      if (answer.refusal > static_cast<std::uint32_t>(errc::inherited)) {
         fail(errc::version_mismatch, what_ + ": the listener refused for a reason that is not known here: " + reason);
       }
       fail(static_cast<errc>(answer.refusal), reason);
@@ -859,12 +859,11 @@ class conversation {
     for (::cmsghdr* part = CMSG_FIRSTHDR(&header); part != nullptr; part = CMSG_NXTHDR(&header, part)) {
       if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
       const std::size_t many = (part->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-      for (std::size_t i = 0; i < many; ++i) {
+      for (std::size_t i = 0; i < many && count_ < handed_.size(); ++i) {
         int one = -1;
         std::memcpy(&one, CMSG_DATA(part) + i * sizeof(int), sizeof one);
-        unshared_descriptor taken{pause, one};
-        if (count_ < handed_.size()) handed_[count_] = std::move(taken);
-        ++count_;
+        // There was no room for more than `handed_` holds; and none of these may be closed during the pause.
+        handed_[count_++] = unshared_descriptor{pause, one};
       }
     }
   }
@@ -889,7 +888,7 @@ class conversation {
   std::optional<steady_clock::time_point> deadline_;
   unshared_descriptor connection_;
   bool answered_ = false;
-  std::array<unshared_descriptor, descriptors_wanted> handed_;
+  std::array<unshared_descriptor, descriptors_wanted + 1> handed_;
   std::size_t count_ = 0;
 };
 

@@ -325,15 +325,19 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
   }
   made->adopt(*std::launder(reinterpret_cast<segment_header*>(made->segment_.map.data())), checked, mine, options);
   made->enter();
+  made->keep_from_children();
+  return made;
+}
+
+void endpoint::keep_from_children() {
   // Whatever a child does with the handle that it inherits, it does not do it to the channel; and every operation that
   // looks at the lane finds at once that it must not go on.
-  made->segment_.map.keep_from_children(sizeof(segment_header), [](std::byte* copy) noexcept {
+  segment_.map.keep_from_children(sizeof(segment_header), [](std::byte* copy) noexcept {
     auto& lane = std::launder(reinterpret_cast<segment_header*>(copy))->lane;
     // relaxed: one thread. Whatever the other end's cursor, these are further away than any capacity.
     lane.tail.fetch_xor(1ULL << 63U, std::memory_order_relaxed);
     lane.head.fetch_xor(1ULL << 63U, std::memory_order_relaxed);
   });
-  return made;
 }
 
 void endpoint::enter() {
@@ -454,6 +458,7 @@ void endpoint::enter_handed_over_memory() {
   hold({});
   // release: pairs with the acquire in look_at_peer.
   own().presence.store(static_cast<std::uint32_t>(presence::awake), std::memory_order_release);
+  keep_from_children();
 }
 
 void endpoint::take_line(unshared_descriptor line) {
@@ -592,8 +597,10 @@ bool endpoint::look_at_line_end() noexcept {
   const bool farewell = static_cast<presence>(peer_word().load(std::memory_order_acquire)) == presence::closed;
   // So that a sender that always finds room looks, too. relaxed: what counts is `fate_`.
   if (!farewell) peer_word().store(static_cast<std::uint32_t>(presence::dead), std::memory_order_relaxed);
-  // release: pairs with the acquire in look_at_peer.
-  fate_.store(farewell ? news::closed : news::died, std::memory_order_release);
+  // release: pairs with the acquire in look_at_peer. What was found corrupt stays that.
+  news none = news::none;
+  fate_.compare_exchange_strong(none, farewell ? news::closed : news::died, std::memory_order_release,
+                                std::memory_order_relaxed);
   wake_own_waiter();
   return true;
 }

@@ -551,7 +551,7 @@ memory_name parse_memory_name(std::string_view text) {
       fail(errc::unknown_scheme,
            "channel \"" + printable(text) +
                "\": expected the scheme \"posix:\", \"sysv:\", \"file:\" or \"unix:\", or none, found \"" +
-                                     printable(scheme) + "\"");
+               printable(scheme) + "\"");
     }
     text.remove_prefix(colon + 1);
   }

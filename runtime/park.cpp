@@ -59,17 +59,28 @@ void lock_doorbells() {
 void unlock_doorbells() {
   doorbells().mutex.unlock();
 }
-void renew_doorbells() noexcept {
-  for (const auto& [number, entry] : doorbells().entries) {
-    // An eventfd of the child's own in the place of the parent's, which both would otherwise read and write. The old one
-    // first, so that there is room for a new one.
-    ::close(entry.descriptor);
-    const int fresh = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (fresh >= 0 && fresh != entry.descriptor) {
-      ::dup3(fresh, entry.descriptor, O_CLOEXEC);
-      ::close(fresh);
-    }
-    entry.latch->reset();
+namespace {
+
+/// Puts what `fresh` is in the place of `old`, which is closed first, so that there is room for a new one.
+template <class Open>
+void renew(int old, Open fresh_one) noexcept {
+  ::close(old);
+  const int fresh = fresh_one();
+  if (fresh >= 0 && fresh != old) {
+    ::dup3(fresh, old, O_CLOEXEC);
+    ::close(fresh);
+  }
+}
+
+}  // namespace
+
+void doorbell::renew_all() noexcept {
+  for (const auto& [number, bell] : doorbells().entries) {
+    // Of the child's own, in the place of the parent's, which both would otherwise read and write. The lines are the
+    // parent's, and its child attends none of them.
+    renew(bell->descriptor_, [] { return ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); });
+    if (bell->lines_ >= 0) renew(bell->lines_, [] { return ::epoll_create1(EPOLL_CLOEXEC); });
+    bell->latch_.reset();
   }
 }
 

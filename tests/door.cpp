@@ -31,6 +31,7 @@
 #include <system_error>
 #include <thread>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "coroutines.hpp"
@@ -315,6 +316,36 @@ TEST_CASE("an attempt that is given up ends at once, answered or not") {
   (void)strait::blocking_connect_until<reply, request>("unix:" + here.path("app.sock"),
                                                        std::chrono::steady_clock::now() + 20ms, error);
   CHECK(error == std::errc::timed_out);
+}
+
+TEST_CASE("accept and connect are selected, and bounded by a time") {
+  const own_directory here;
+  raw_listener silent{here.path("silent.sock")};
+  door_type door{"unix:" + here.path("app.sock")};
+  asio::io_context context{1};
+  int late = 0;
+  std::uint64_t got = 0;
+  strait::spawn(
+      context, [](own_directory const& in, door_type& at, int& timed_out, std::uint64_t& value) -> strait::task<> {
+        try {
+          (void)co_await (strait::connect<reply, request>("unix:" + in.path("silent.sock")) | strait::timeout(5ms));
+        } catch (const std::system_error& error) {
+          if (error.code() == std::errc::timed_out) ++timed_out;
+        }
+        std::error_code error;
+        (void)co_await (at.accept(error) | strait::timeout(5ms));
+        if (error == std::errc::timed_out) ++timed_out;
+        auto [tx, rx] = strait::make_channel<int>();
+        auto link = co_await strait::connect<reply, request>("unix:" + in.path("app.sock"));
+        auto came = co_await strait::select(rx.recv(), at.accept());
+        auto* peer = std::get_if<1>(&came.result);
+        if (peer == nullptr) co_return;
+        co_await link.send({21});
+        value = (co_await peer->recv())->number;
+      }(here, door, late, got));
+  context.run();
+  CHECK(late == 2);
+  CHECK(got == 21);
 }
 
 TEST_CASE("forms that do not wait, or not for long") {
@@ -765,7 +796,7 @@ TEST_CASE("a peer that fills, or half closes, its line makes nobody wait") {
   strait::segment_header& there = stranger.header(0);
   auto& waiting = there.ends[static_cast<std::size_t>(strait::role::receiver)].presence;
   REQUIRE(eventually([&] { return parked(waiting); }));
-  stranger.publish(request{77});  // without a ring: the hub sleeps until something else wakes it
+  stranger.publish(request{77});        // without a ring: the hub sleeps until something else wakes it
   stranger.socket.shut_down_writing();  // nobody holds its lock
   runner.join();
   CHECK(got == 77);

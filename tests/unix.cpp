@@ -224,11 +224,13 @@ TEST_CASE("child: connects and forks" * doctest::skip()) {
   auto link = strait::blocking_connect<number, number>(line);
   if (const ::pid_t child = ::fork(); child == 0) {
     ::prctl(PR_SET_PDEATHSIG, 0);
+    std::error_code error;
+    (void)link.try_recv(error);
+    if (error != strait::errc::inherited) ::_exit(1);
     link.close();  // the parent's; nothing happens to it
+    test::tell_parent(std::to_string(::getpid()));
     ::pause();
     ::_exit(0);
-  } else {
-    test::tell_parent(std::to_string(child));
   }
   link.blocking_send(1);
   (void)test::parent_says();
@@ -257,10 +259,9 @@ TEST_CASE("child: listens and forks" * doctest::skip()) {
   if (const ::pid_t child = ::fork(); child == 0) {
     ::prctl(PR_SET_PDEATHSIG, 0);
     door.close();  // the parent's; its socket stays
+    test::tell_parent(std::to_string(::getpid()));
     ::pause();
     ::_exit(0);
-  } else {
-    test::tell_parent(std::to_string(child));
   }
   (void)test::parent_says();
 }

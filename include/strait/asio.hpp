@@ -270,8 +270,7 @@ struct whole {
 template <class Operation>
 struct arriving {
   Operation operation;
-  [[nodiscard]] endpoint* end() const noexcept { return operation.end(); }
-  [[nodiscard]] bool look(bool alone) noexcept { return operation.look(alone); }
+  [[nodiscard]] Operation& waiting() noexcept { return operation; }
   template <class Handler>
   void invoke(Handler&& handler, bool aborted) {
     using result = typename Operation::result;
