@@ -19,6 +19,7 @@ module;
 #include <cstdio>
 #include <ctime>
 #include <filesystem>
+#include <fstream>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -792,6 +793,31 @@ void read_beginning(const memory_name& name, const body& contents, std::size_t h
   look.size = look.unfinished ? 0 : contents.size();
 }
 
+/// The files outside of /dev/shm on which somebody holds locks as our ends do: those that live in `file:` channels are
+/// among them. Of processes that this user may not look into, nothing is known.
+std::set<std::string> locked_files() {
+  namespace fs = std::filesystem;
+  std::set<std::string> paths;
+  std::error_code over;  // whatever ends while we look
+  for (fs::directory_iterator process{"/proc", over}, end; !over && process != end; process.increment(over)) {
+    if (process->path().filename().native().find_first_not_of("0123456789") != std::string::npos) continue;
+    std::error_code hidden;
+    for (fs::directory_iterator file{process->path() / "fd", hidden}; !hidden && file != end; file.increment(hidden)) {
+      std::error_code gone;
+      const std::string path = fs::read_symlink(file->path(), gone).native();
+      if (gone || !path.starts_with('/') || path.starts_with(shm_directory)) continue;
+      std::ifstream facts{process->path() / "fdinfo" / file->path().filename()};
+      bool locks = false;
+      for (std::string fact; !locks && std::getline(facts, fact);) {
+        locks = fact.starts_with("lock:") && fact.find(" OFDLCK ") != std::string::npos;
+      }
+      // The path may be that of another mount namespace, or of a file that lost its name.
+      if (locks && fs::equivalent(path, file->path(), gone)) paths.insert(path);
+    }
+  }
+  return paths;
+}
+
 }  // namespace
 
 std::vector<named_file> named_files() {
@@ -822,6 +848,12 @@ std::vector<named_file> named_files() {
     const bool known = std::ranges::any_of(
         files, [&](const named_file& file) { return file.name.scheme == name.scheme && file.name.name == name.name; });
     if (!known) files.push_back({name, 0});
+  }
+  for (const std::string& path : locked_files()) {
+    struct ::stat file{};
+    if (::lstat(path.c_str(), &file) == 0 && S_ISREG(file.st_mode)) {
+      files.push_back({{memory_scheme::file, path}, static_cast<std::uint64_t>(file.st_size)});
+    }
   }
   std::ranges::sort(files, {}, [](const named_file& file) { return std::pair{file.name.name, file.name.scheme}; });
   return files;
