@@ -159,6 +159,7 @@ pair::pair(conductor& by, const subject& what, unsigned variant, const job& task
   static_assert(std::is_trivially_destructible_v<control>);
   auto& shared = *::new (static_cast<void*>(&map_.as<control>())) control;
   shared.kind = task.kind;
+  shared.counted = task.counted;
   shared.message_bytes = static_cast<std::uint32_t>(task.message_bytes);
   shared.variant = variant;
   shared.cpus[0] = by.where_.producer;
@@ -178,7 +179,7 @@ pair::pair(conductor& by, const subject& what, unsigned variant, const job& task
     processes_.reserve(2);
     processes_.push_back({.which = role::producer});
     start(processes_.back(), inherited.producer);
-    if (task.kind != work::ready) {
+    if (!alone(task.kind)) {
       processes_.push_back({.which = role::consumer});
       start(processes_.back(), inherited.consumer);
     }
@@ -234,7 +235,7 @@ void pair::start(process& one, const std::vector<descriptor>& inherited) {
   ::posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETPGROUP);
 
   std::vector<std::string> arguments{"strait-demo", std::string{end_option}, std::string{role_name(one.which)}};
-  std::vector<std::string> variables = environment(task_.kind == work::allocations);
+  std::vector<std::string> variables = environment(task_.counted == tally::allocations);
   auto argv = pointers(arguments);
   auto envp = pointers(variables);
   const int error = ::posix_spawn(&one.id, "/proc/self/exe", &actions, &attributes, argv.data(), envp.data());
@@ -338,7 +339,7 @@ void pair::finish() {
 
 double pair::stream_ns() const {
   const auto& ends = map_.as<control>().ends;
-  const auto& last = task_.kind == work::ready ? ends[0] : ends[1];
+  const auto& last = alone(task_.kind) ? ends[0] : ends[1];
   return static_cast<double>(last.end_ns - ends[0].begin_ns);
 }
 
@@ -359,6 +360,10 @@ std::vector<double> pair::samples() const {
 std::uint64_t pair::allocations() const {
   const auto& ends = map_.as<control>().ends;
   return ends[0].allocations + ends[1].allocations;
+}
+
+std::uint64_t pair::load() const {
+  return map_.as<control>().ends[0].load;
 }
 
 std::uint64_t pair::mimalloc_growth() const {
@@ -387,7 +392,7 @@ int run_end(int argc, char** argv) {
   try {
     const subject& what = subject_named(shared.subject);
     if (!what.pins_itself) pin_to(self.cpu());
-    if (shared.kind == work::allocations) check_allocation_counter();
+    if (shared.counted == tally::allocations) check_allocation_counter();
     what.run(self);
     return 0;
   } catch (const std::exception& problem) {

@@ -48,6 +48,8 @@ class pair {
   /// What the stamped round trips took, in ns.
   [[nodiscard]] std::vector<double> samples() const;
   [[nodiscard]] std::uint64_t allocations() const;
+  /// Messages that were taken beside what was measured.
+  [[nodiscard]] std::uint64_t load() const;
   [[nodiscard]] std::uint64_t mimalloc_growth() const;
   [[nodiscard]] std::uint64_t syscalls() const { return syscalls_; }
 

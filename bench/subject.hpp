@@ -20,6 +20,7 @@ struct link {
 struct job {
   work kind = work::stream;
   std::size_t message_bytes = 8;
+  tally counted = tally::nothing;
   bench::memory memory = bench::memory::posix;
 };
 
@@ -54,6 +55,9 @@ struct subject {
 [[nodiscard]] subject raw_line_subject();
 [[nodiscard]] subject raw_eventfd_subject();
 [[nodiscard]] subject asio_channel_subject();
+[[nodiscard]] subject raw_ring_subject();
+[[nodiscard]] subject asio_post_subject();
+[[nodiscard]] subject asio_co_spawn_subject();
 
 /// Calls `use.operator()<message<N>>()` for the size that is asked for.
 template <class Use>

@@ -139,7 +139,7 @@ static_assert(sizeof(segment_header) == 7 * line_padding);
 static_assert(offsetof(segment_header, ends) == line_padding);
 
 /// Why a wait ends without a message or room.
-enum class news : std::uint8_t { none, closed, died, corrupt };
+enum class news : std::uint8_t { none, closed, died, corrupt, inherited };
 
 [[nodiscard]] constexpr errc to_errc(news n) noexcept {
   switch (n) {
@@ -147,6 +147,8 @@ enum class news : std::uint8_t { none, closed, died, corrupt };
       return errc::peer_died;
     case news::corrupt:
       return errc::corrupt;
+    case news::inherited:
+      return errc::inherited;
     default:
       return errc::closed;
   }
@@ -240,11 +242,12 @@ class endpoint final : private process_watcher {
   }
 
   /// Whether this process is a child, made by fork, of the one that opened this end in a named segment: then the end is
-  /// the parent's, and nothing may be written to the segment in its name.
+  /// the parent's, and what lies where the segment was is a copy with cursors that cannot be.
   [[nodiscard]] inline bool inherited() const noexcept { return entered_ && fork_generation_ != fork_generation(); }
 
-  /// An impossible value was found in shared memory: nobody can use the channel any more.
-  void poison() noexcept;
+  /// An impossible value was found in shared memory: nobody can use the channel any more. Returns the news of that,
+  /// which is another one where this end was inherited.
+  news poison() noexcept;
 
   /// Whether the peer closed, or the channel is poisoned.
   [[nodiscard]] inline bool peer_closed() const noexcept {
@@ -279,10 +282,7 @@ class endpoint final : private process_watcher {
   void adopt(segment_header& header, const segment_header& checked, role mine, const channel_options& options) noexcept;
   void enter();
   void watch_peer() noexcept;
-  [[gnu::cold]] news found_rubbish() noexcept {
-    poison();
-    return news::corrupt;
-  }
+  [[gnu::cold]] news found_rubbish() noexcept { return poison(); }
   bool look() noexcept override;
   void close() noexcept;
 

@@ -101,6 +101,12 @@ class mapping {
   /// Touches every page for writing, so that nobody meets a page fault later.
   void populate() noexcept;
 
+  /// From now on a child made by fork has memory of its own in this place: whatever it writes here, nobody else sees. It
+  /// holds the first `bytes` (4096 at most) as they were, with the changes that `change` makes, and zeros behind them.
+  ///
+  /// Waits: never. Allocates: an entry in a list. Errors: `std::bad_alloc`. Complexity: logarithmic in such mappings.
+  void keep_from_children(std::size_t bytes, void (*change)(std::byte* data) noexcept);
+
  private:
   inline mapping(std::byte* data, std::size_t bytes, std::size_t extent) noexcept
       : data_{data}, bytes_{bytes}, extent_{extent} {}

@@ -315,6 +315,14 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
   }
   made->adopt(*std::launder(reinterpret_cast<segment_header*>(made->segment_.map.data())), checked, mine, options);
   made->enter();
+  // Whatever a child does with the handle that it inherits, it does not do it to the channel; and every operation that
+  // looks at the lane finds at once that it must not go on.
+  made->segment_.map.keep_from_children(sizeof(segment_header), [](std::byte* copy) noexcept {
+    auto& lane = std::launder(reinterpret_cast<segment_header*>(copy))->lane;
+    // relaxed: one thread. Whatever the other end's cursor, these are further away than any capacity.
+    lane.tail.fetch_xor(1ULL << 63U, std::memory_order_relaxed);
+    lane.head.fetch_xor(1ULL << 63U, std::memory_order_relaxed);
+  });
   return made;
 }
 
@@ -405,6 +413,7 @@ void endpoint::close() noexcept {
 }
 
 void endpoint::ring(presence parked) noexcept {
+  if (inherited()) return;  // whoever sleeps there waits for the parent
   if (parked == presence::thread_parked) {
     count_one(own().wakes);
     futex_wake(peer_word());
@@ -423,13 +432,15 @@ void endpoint::ring(presence parked) noexcept {
   }
 }
 
-void endpoint::poison() noexcept {
+news endpoint::poison() noexcept {
+  if (inherited()) return news::inherited;
   // release: pairs with the acquire in look_at_peer.
   header_->poisoned.store(1, std::memory_order_release);
   // The peer's word may be what was overwritten, with the peer asleep behind it: ring, whatever the word says.
   (void)claim_ring(peer_word(), barrier_);
   ring(presence::thread_parked);
   ring(presence::hub_parked);
+  return news::corrupt;
 }
 
 void endpoint::watch_peer() noexcept {

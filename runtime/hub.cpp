@@ -36,7 +36,10 @@ thread_local hub* turning_hub = nullptr;
 /// How long a turn lasts when others use the context: what a socket or a timer waits at most beside a busy channel.
 constexpr std::int64_t slice_ns = 50'000;
 constexpr std::uint64_t looks_between_clocks = 32;
-constexpr int completions_between_clocks = 16;
+/// Completions between two looks at the clock, at most; and how long they shall take together: a coroutine may handle a
+/// thousand messages before it suspends again, and a slice must not be exceeded by sixteen such.
+constexpr int most_completions_between_clocks = 16;
+constexpr std::int64_t between_clocks_ns = slice_ns / 8;
 
 enum class hub_state : std::uint32_t { idle, resident, parked };
 
@@ -159,6 +162,21 @@ class asio_hub final : public asio::execution_context::service, public hub {
     return true;
   }
 
+  bool enter() noexcept override {
+    if (turning_hub == this) return false;
+    mutex_.lock();
+    outside_visit_ = std::exchange(turning_hub, this);
+    appended_ = false;
+    return true;
+  }
+
+  void leave() noexcept override {
+    turning_hub = outside_visit_;
+    const bool owed = appended_ && make_resident();
+    mutex_.unlock();
+    if (owed) post_turn();
+  }
+
   void resume(hub_waiter& waiter) override {
     if (turning_hub == this) {
       waiter.complete(waiter);
@@ -224,6 +242,13 @@ class asio_hub final : public asio::execution_context::service, public hub {
       bell_wait_->release();  // the descriptor is the doorbell's
       bell_wait_.reset();
     }
+  }
+
+  /// The context goes on in the child of a fork, and so does the hub: the doorbell's number stands for an eventfd of the
+  /// child's own by now, which the reactor has taken up or is about to. What waits for an end that is the parent's must
+  /// be told, so there is a turn.
+  void notify_fork(asio::execution_context::fork_event event) override {
+    if (event == asio::execution_context::fork_child && executor_ && make_resident()) post_turn();
   }
 
   void append(hub_waiter& waiter) noexcept {
@@ -301,7 +326,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
   /// Completes timers whose time has come, but no more than a pass does.
   void ring_timers(std::int64_t now) {
     for (int completed = 0;
-         completed < completions_between_clocks && timer_due(now) && !failed_.load(std::memory_order_relaxed);
+         completed < most_completions_between_clocks && timer_due(now) && !failed_.load(std::memory_order_relaxed);
          ++completed) {
       hub_timer& timer = *timers_.front();
       remove(timer);
@@ -367,6 +392,12 @@ class asio_hub final : public asio::execution_context::service, public hub {
     asio::post(executor_, [this] { turn(); });
   }
 
+  /// After a slice. Asio polls its reactor behind what is in its queue already, and puts what it finds there behind that:
+  /// a turn posted once would be in front of it for a whole slice more.
+  void post_turn_behind_others() {
+    asio::post(executor_, [this] { post_turn(); });
+  }
+
   /// The turn that the resident state stands for. With `first`: completes that, as a turn would; and then is that turn
   /// only if it left something to wait for and no turn is on its way.
   void turn(hub_waiter* first = nullptr) {
@@ -426,7 +457,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
     looked_ = 0;
     const bool alone = waiters_.single();
     if (cursor_ == nullptr) cursor_ = waiters_.first();
-    while (cursor_ != nullptr && completed < completions_between_clocks && !failed_.load(std::memory_order_relaxed)) {
+    while (cursor_ != nullptr && completed < completions_between_clocks_ && !failed_.load(std::memory_order_relaxed)) {
       hub_waiter& waiter = *cursor_;
       cursor_ = waiter.next;
       ++looked_;
@@ -450,7 +481,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
       if (timer_due(last)) {
         // Some may always be due again; a pass lies between.
         if (rang && leave(shared, last - began)) {
-          post_turn();
+          post_turn_behind_others();
           return;
         }
         ring_timers(last);
@@ -461,9 +492,13 @@ class asio_hub final : public asio::execution_context::service, public hub {
         if (idle_looks_ >= looks_between_clocks) spin_.answered();
         idle_looks_ = 0;
         completions += completed;
-        if (completions < completions_between_clocks && !failed_.load(std::memory_order_relaxed)) continue;
+        if (completions < completions_between_clocks_ && !failed_.load(std::memory_order_relaxed)) continue;
         completions = 0;
-        last = now_ns();
+        const std::int64_t now = now_ns();
+        completions_between_clocks_ = now - last > between_clocks_ns
+                                          ? std::max(completions_between_clocks_ / 2, 1)
+                                          : std::min(completions_between_clocks_ * 2, most_completions_between_clocks);
+        last = now;
       } else if (waiters_.empty()) {
         idle_looks_ = 0;
         if (go_idle()) return;
@@ -486,7 +521,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
         } else {
           last = now;
           if (!leave(shared, now - began)) continue;
-          post_turn();
+          post_turn_behind_others();
           return;
         }
         if (spin_length() != forever) {
@@ -496,8 +531,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
         }
         last = now;
       }
-      if (!leave(shared, now_ns() - began)) continue;
-      post_turn();
+      if (!leave(shared, last - began)) continue;
+      post_turn_behind_others();
       return;
     }
   }
@@ -616,6 +651,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
   std::uint64_t looked_ = 0;
   std::uint64_t idle_looks_ = 0;
   std::int64_t idle_since_ = 0;
+  /// As many as take `between_clocks_ns`, roughly.
+  int completions_between_clocks_ = most_completions_between_clocks;
   /// The next that a pass looks at; null: the first.
   hub_waiter* cursor_ = nullptr;
   spin_budget spin_;
@@ -639,6 +676,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
   std::uint64_t alarming_ = 0;
   /// Whether something began to wait since this was false.
   bool appended_ = false;
+  /// What `turning_hub` was before the visit that holds mutex_.
+  hub* outside_visit_ = nullptr;
 
   std::mutex roots_mutex_;
   intrusive_list<hub_root> roots_;

@@ -17,10 +17,12 @@ module;
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -123,25 +125,51 @@ void allocate(int descriptor, std::size_t bytes, bool shared, const memory_name&
   if (error != 0) fail_errno(error, what + ": allocating " + std::to_string(bytes) + " bytes");
 }
 
-/// The descriptors of all file_locks, for the child of a fork.
-struct lock_list {
+constexpr std::size_t most_kept = 4096;
+
+/// What the child of a fork must let go of, because it is the parent's.
+struct estate {
   std::mutex mutex;
+  /// Of all file_locks.
   std::set<int> descriptors;
+  struct shared_memory {
+    std::size_t bytes;
+    std::size_t kept;
+    void (*change)(std::byte* data) noexcept;
+  };
+  std::map<std::byte*, shared_memory> mappings;
   std::atomic<std::uint32_t> generation{0};
+
+  /// In the child, which has one thread. Closes and maps, and allocates nothing.
+  void renounce() noexcept {
+    // The description is shared with the parent: closing our descriptor drops no lock of his.
+    for (const int descriptor : descriptors) ::close(descriptor);
+    descriptors.clear();
+    for (const auto& [data, memory] : mappings) {
+      std::array<std::byte, most_kept> kept;
+      std::memcpy(kept.data(), data, memory.kept);
+      const void* own = ::mmap(data, memory.bytes, PROT_READ | PROT_WRITE,
+                               MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      // Without memory for that the child dies at its first access: better than one that meddles with the parent's.
+      if (own == MAP_FAILED) {
+        ::mprotect(data, memory.bytes, PROT_NONE);
+        continue;
+      }
+      std::memcpy(data, kept.data(), memory.kept);
+      memory.change(data);
+    }
+    // relaxed: one thread.
+    generation.fetch_add(1, std::memory_order_relaxed);
+  }
 };
 
-lock_list& locks_of_process() {
+estate& estate_of_process() {
   static auto* list = [] {
-    auto* made = new lock_list;  // outlives every end
-    ::pthread_atfork([] { locks_of_process().mutex.lock(); }, [] { locks_of_process().mutex.unlock(); },
+    auto* made = new estate;  // outlives every end
+    ::pthread_atfork([] { estate_of_process().mutex.lock(); }, [] { estate_of_process().mutex.unlock(); },
                      [] {
-                       auto& mine = locks_of_process();
-                       // The description is shared with the parent: closing our descriptor drops no lock of his.
-                       for (const int descriptor : mine.descriptors) ::close(descriptor);
-                       mine.descriptors.clear();
-                       // relaxed: the child has one thread.
-                       mine.generation.fetch_add(1, std::memory_order_relaxed);
-                       mine.mutex.unlock();
+                       estate_of_process().renounce();
+                       estate_of_process().mutex.unlock();
                      });
     return made;
   }();
@@ -569,7 +597,17 @@ mapping mapping::of_file(int descriptor, std::size_t bytes, std::optional<unsign
 }
 
 mapping::~mapping() {
-  if (data_ != nullptr) ::munmap(data_, extent_);
+  if (data_ == nullptr) return;
+  auto& list = estate_of_process();
+  const std::lock_guard guard{list.mutex};
+  list.mappings.erase(data_);  // before somebody else's mapping may be in this place
+  ::munmap(data_, extent_);
+}
+
+void mapping::keep_from_children(std::size_t bytes, void (*change)(std::byte*) noexcept) {
+  auto& list = estate_of_process();
+  const std::lock_guard guard{list.mutex};
+  list.mappings.insert_or_assign(data_, estate::shared_memory{extent_, std::min(bytes, most_kept), change});
 }
 
 void mapping::populate() noexcept {
@@ -589,7 +627,7 @@ void mapping::populate() noexcept {
 }
 
 file_locks::file_locks(const char* path, int flags, unsigned mode) {
-  auto& list = locks_of_process();
+  auto& list = estate_of_process();
   const std::lock_guard guard{list.mutex};
   const int opened = ::open(path, flags, static_cast<mode_t>(mode));
   if (opened < 0) return;
@@ -611,7 +649,7 @@ file_locks& file_locks::operator=(file_locks&& other) noexcept {
 
 file_locks::~file_locks() {
   if (descriptor_ < 0) return;
-  auto& list = locks_of_process();
+  auto& list = estate_of_process();
   const std::lock_guard guard{list.mutex};
   // After a fork the child's handler has closed it already, and the number may be somebody else's by now.
   if (list.descriptors.erase(descriptor_) != 0) ::close(descriptor_);
@@ -679,7 +717,7 @@ boot_identity this_boot() noexcept {
 
 std::uint32_t fork_generation() noexcept {
   // relaxed: changes only while the process has one thread.
-  return locks_of_process().generation.load(std::memory_order_relaxed);
+  return estate_of_process().generation.load(std::memory_order_relaxed);
 }
 
 segment open_segment(

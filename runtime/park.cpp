@@ -59,6 +59,19 @@ void lock_doorbells() {
 void unlock_doorbells() {
   doorbells().mutex.unlock();
 }
+void renew_doorbells() noexcept {
+  for (const auto& [number, entry] : doorbells().entries) {
+    // An eventfd of the child's own in the place of the parent's, which both would otherwise read and write. The old one
+    // first, so that there is room for a new one.
+    ::close(entry.descriptor);
+    const int fresh = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (fresh >= 0 && fresh != entry.descriptor) {
+      ::dup3(fresh, entry.descriptor, O_CLOEXEC);
+      ::close(fresh);
+    }
+    entry.latch->reset();
+  }
+}
 
 bool register_barrier(store_load kind) noexcept {
   if (kind == store_load::by_fence) return true;

@@ -42,6 +42,8 @@ namespace strait {
 // In runtime/park.cpp.
 void lock_doorbells();
 void unlock_doorbells();
+/// In the child of a fork, with the doorbells locked.
+void renew_doorbells() noexcept;
 
 namespace {
 
@@ -450,6 +452,7 @@ void register_fork_handlers() {
         creation.unlock();
       },
       [] {
+        renew_doorbells();
         unlock_doorbells();
         if (auto* now = current_switchboard.load(std::memory_order_relaxed)) {
           now->abandon_in_child();

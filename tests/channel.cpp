@@ -10,8 +10,6 @@
 #include <asio/cancellation_signal.hpp>
 #include <asio/co_spawn.hpp>
 #include <asio/detached.hpp>
-#include <asio/experimental/as_tuple.hpp>
-#include <asio/experimental/deferred.hpp>
 #include <asio/io_context.hpp>
 #include <asio/post.hpp>
 #include <asio/redirect_error.hpp>
@@ -37,6 +35,7 @@
 #include <utility>
 #include <vector>
 
+#include "asio_moved.hpp"
 #include "coroutines.hpp"
 #include "ends.hpp"
 
@@ -200,8 +199,8 @@ TEST_CASE("a ready await does not suspend: in an asio::awaitable, of any executo
           auto [tx, rx] = test::make_channel<message>({.capacity = 16});
           asio::post(own, [&] { flag = true; });
           for (; count < 1'000; ++count) {
-            co_await strait::send<executor>(tx, count);
-            const auto got = co_await strait::recv<executor>(rx);
+            co_await strait::rebind_executor<executor>(tx.send(count));
+            const auto got = co_await strait::rebind_executor<executor>(rx.recv());
             if (got != count) throw std::runtime_error{"wrong message"};
             if (flag) throw std::runtime_error{"suspended"};
           }
@@ -222,13 +221,13 @@ TEST_CASE("awaitables of other executors wait as well") {
   asio::co_spawn(
       context.get_executor(),
       [](strait::sender<message> own) -> asio::awaitable<void, plain> {
-        for (message i = 0; i < 5'000; ++i) co_await strait::send<plain>(own, i);
+        for (message i = 0; i < 5'000; ++i) co_await strait::rebind_executor<plain>(own.send(i));
       }(std::move(tx)),
       rethrow);
   asio::co_spawn(
       asio::make_strand(context.get_executor()),
       [](strait::receiver<message> own, message& next) -> asio::awaitable<void, strand> {
-        while (const auto value = co_await strait::recv<strand>(own)) {
+        while (const auto value = co_await strait::rebind_executor<strand>(own.recv())) {
           if (*value != next++) throw std::runtime_error{"out of order"};
         }
       }(std::move(rx), got),
@@ -499,10 +498,8 @@ TEST_CASE("async_send and async_recv take every completion token") {
           std::error_code error = std::make_error_code(std::errc::io_error);
           value = co_await strait::async_recv(in, asio::redirect_error(asio::use_awaitable, error));
           count += value == 2 && !error;
-          const auto [sent] =
-              co_await strait::async_send(out, message{3}, asio::experimental::as_tuple(asio::use_awaitable));
-          const auto [received, third] =
-              co_await strait::async_recv(in, asio::experimental::as_tuple(asio::use_awaitable));
+          const auto [sent] = co_await strait::async_send(out, message{3}, moved::as_tuple(asio::use_awaitable));
+          const auto [received, third] = co_await strait::async_recv(in, moved::as_tuple(asio::use_awaitable));
           count += !sent && !received && third == 3;
           out.close();
           value = co_await strait::async_recv(in, asio::use_awaitable);
@@ -525,8 +522,8 @@ TEST_CASE("async_send and async_recv take every completion token") {
     CHECK(code_of([&] { refused.get(); }) == strait::errc::closed);
   }
   SUBCASE("deferred: nothing happens before it is called") {
-    auto receive = strait::async_recv(rx, asio::experimental::deferred);
-    auto send = strait::async_send(tx, message{8}, asio::experimental::deferred);
+    auto receive = strait::async_recv(rx, moved::deferred);
+    auto send = strait::async_send(tx, message{8}, moved::deferred);
     context.run();
     CHECK(rx.depth() == 0);
     std::move(send)(asio::bind_executor(context, [&](std::error_code error) {

@@ -190,7 +190,18 @@ strait::task<> work_of(end& self) {
 }
 
 void run(end& self) {
-  if (self.kind() == work::ready) return run_strait_ready(self);
+  switch (self.kind()) {
+    case work::task_ready:
+    case work::task_switch:
+    case work::task_spawn:
+      return run_strait_task(self);
+    case work::asio_ready:
+    case work::timer:
+    case work::socket:
+      return run_strait_asio(self);
+    default:
+      break;
+  }
   // The process itself stays free to use every CPU and its one worker is pinned, as strait does it for its users.
   strait::runtime runtime{{.cpus = std::vector<unsigned>{self.cpu()}}};
   with_message(self.message_bytes(), [&]<class M>() { runtime.spawn(guarded(self, work_of<M>(self))); });
