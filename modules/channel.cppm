@@ -376,6 +376,8 @@ template <class T>
 inline constexpr std::uint64_t messages_ahead = sizeof(T) >= bytes_ahead ? 1 : bytes_ahead / sizeof(T);
 
 /// Calls `use` with the address of each line that a slot touches first.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: linear in the lines.
 template <class Slot, class Use>
 void for_each_line(const Slot& slot, Use use) noexcept {
   const auto* bytes = reinterpret_cast<const std::byte*>(&slot);
@@ -410,7 +412,7 @@ class [[nodiscard]] permit {
     if (n != 0) sender_->commit(n);  // an empty permit may have no sender
     messages_ = {};
   }
-  /// Sends all of them.
+  /// The same, of all of them.
   void commit() noexcept { commit(messages_.size()); }
 
  private:
@@ -590,7 +592,8 @@ class sender {
 
   /// Sends one message, blocking the thread while there is no room.
   ///
-  /// Waits: spins, then parks on the futex. Allocates: never. Errors: as the class says. Complexity: constant.
+  /// Waits: spins, then parks on the futex. Cancel safety: only a deadline ends it, and then nothing was sent. Allocates:
+  /// never. Errors: as the class says. Complexity: constant.
   void blocking_send(T message) { block(std::move(message), nullptr, std::nullopt); }
   void blocking_send(T message, std::error_code& error) { block(std::move(message), &error, std::nullopt); }
   /// The same, until the deadline: false, or `std::errc::timed_out` in `error`, when it passed and nothing was sent.
@@ -602,6 +605,9 @@ class sender {
   }
 
   /// What was sent is still delivered; then the receiver sees the end. Idempotent.
+  ///
+  /// Waits: for a named channel at most a second, while another end enters or leaves. Cancel safety: cannot be cancelled.
+  /// Allocates: for a named channel its path. Errors: none. Complexity: constant; some system calls for a named channel.
   void close() noexcept { *this = sender{}; }
   /// Whether the receiver, or this end, closed.
   [[nodiscard]] bool is_closed() const noexcept { return !end_ || end_->peer_closed(); }
@@ -867,8 +873,8 @@ class receiver {
 
   /// Takes one message. To be awaited; yields `std::optional<T>`, empty at the end of the stream.
   ///
-  /// Waits: in the hub while there is none. Allocates: never. Errors: as the class says, thrown or set. Complexity:
-  /// constant.
+  /// Waits: in the hub while there is none. Cancel safety: a receive that is cancelled or destroyed while it waits took
+  /// nothing. Allocates: never. Errors: as the class says, thrown or set. Complexity: constant.
   [[nodiscard]] awaitable_operation<recv_operation<>> recv() {
     return awaitable_operation<recv_operation<>>{recv_operation<>{*this, {}}};
   }
@@ -879,7 +885,8 @@ class receiver {
   /// Takes as many messages as are there and fit. To be awaited; yields how many, 0 only at the end of the stream, on
   /// an error, or for an empty span.
   ///
-  /// Waits: in the hub while there is none. Allocates: never. Errors: as the class says. Complexity: linear.
+  /// Waits: in the hub while there is none. Cancel safety: as `recv`. Allocates: never. Errors: as the class says.
+  /// Complexity: linear.
   [[nodiscard]] awaitable_operation<recv_many_operation<>> recv_many(std::span<T> into)
     requires std::is_trivially_copyable_v<T>
   {
@@ -896,7 +903,8 @@ class receiver {
   /// Shows the messages that are there, where they lie, without taking them; `release` takes them. To be awaited;
   /// yields a span, empty only at the end of the stream or on an error.
   ///
-  /// Waits: in the hub while there is none. Allocates: never. Errors: as the class says. Complexity: constant.
+  /// Waits: in the hub while there is none. Cancel safety: as `recv`. Allocates: never. Errors: as the class says.
+  /// Complexity: constant.
   [[nodiscard]] awaitable_operation<peek_operation<>> peek()
     requires std::is_trivially_copyable_v<T>
   {
@@ -924,7 +932,8 @@ class receiver {
 
   /// Takes one message, blocking the thread while there is none. Empty at the end of the stream.
   ///
-  /// Waits: spins, then parks on the futex. Allocates: never. Errors: as the class says. Complexity: constant.
+  /// Waits: spins, then parks on the futex. Cancel safety: only a deadline ends it, and then nothing was taken. Allocates:
+  /// never. Errors: as the class says. Complexity: constant.
   [[nodiscard]] std::optional<T> blocking_recv() { return block(nullptr, std::nullopt); }
   [[nodiscard]] std::optional<T> blocking_recv(std::error_code& error) { return block(&error, std::nullopt); }
   /// The same, until the deadline; when it passes, `std::errc::timed_out` is thrown or set.
@@ -938,6 +947,10 @@ class receiver {
 
   /// Senders that wait for room are told at once. Messages not taken are lost, unless another receiver enters.
   /// Idempotent.
+  ///
+  /// Waits: for a named channel at most a second, while another end enters or leaves. Cancel safety: cannot be cancelled.
+  /// Allocates: for a named channel its path. Errors: none. Complexity: constant, and some system calls for a named channel;
+  /// linear in messages that need a destructor.
   void close() noexcept {
     if (end_) *this = receiver{};
   }

@@ -29,6 +29,8 @@ export namespace strait {
 inline constexpr std::size_t line_padding = 128;
 
 /// Tells the CPU that this is a spin loop.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
 inline void cpu_relax() noexcept {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -38,11 +40,15 @@ inline void cpu_relax() noexcept {
 }
 
 /// Fetches the line of `address` for reading, without waiting for it.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
 inline void prefetch_for_reading(const void* address) noexcept {
   __builtin_prefetch(address, 0, 3);
 }
 
 /// Fetches the line of `address` for writing, taking it from the CPU that has it, without waiting for it.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
 inline void prefetch_for_writing(const void* address) noexcept {
 #if defined(__x86_64__)
   // The builtin emits a read prefetch for baseline x86-64, which would leave the line shared and the store waiting.
@@ -53,6 +59,8 @@ inline void prefetch_for_writing(const void* address) noexcept {
 }
 
 /// One message's place in a lane: as large as the message, constructed by the producer, taken by the consumer.
+///
+/// Waits: never. Allocates: never. Errors: what the message's constructor throws. Complexity: that of the constructor.
 template <class T>
 class native_slot {
  public:
@@ -113,6 +121,8 @@ static_assert(sizeof(lane_control<>) == 2 * line_padding);
 static_assert(offsetof(lane_control<>, head) == line_padding);
 
 /// The producer's private side of a lane. Lives in the producer's own memory; one thread at a time.
+///
+/// Waits: never. Allocates: never. Errors: `corrupt()`, and what the message's constructor throws. Complexity: constant.
 template <class Atomics = native_atomics>
 class lane_producer {
  public:
@@ -199,6 +209,8 @@ class lane_producer {
 };
 
 /// The consumer's private side of a lane. Lives in the consumer's own memory; one thread at a time.
+///
+/// Waits: never. Allocates: never. Errors: `corrupt()`, and what the message's constructor throws. Complexity: constant.
 template <class Atomics = native_atomics>
 class lane_consumer {
  public:

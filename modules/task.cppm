@@ -26,6 +26,8 @@ export namespace strait {
 /// Waits: never. Allocates: yes. Errors: `std::bad_alloc`. Complexity: constant.
 [[nodiscard]] void* allocate_frame(std::size_t bytes);
 /// Gives it back, from any thread.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
 void free_frame(void* frame) noexcept;
 
 /// A mimalloc heap that this thread takes its frames from while the object lives. Frames may outlive it.
@@ -162,6 +164,9 @@ inline task<void> task_promise<void>::get_return_object() noexcept {
 
 /// Coroutines that run beside whoever started them, and are destroyed with this object: what `task_group` and
 /// `when_all` have in common. Used by one thread at a time, as everything that runs on one hub is.
+///
+/// Waits: never. Allocates: never. Errors: those of the tasks, where it is said. Complexity: constant; linear in what is
+/// destroyed.
 class task_siblings {
  public:
   task_siblings() = default;

@@ -65,7 +65,7 @@ inline void spawn(const asio::any_io_executor& executor, task<> what) {
   spawn_on(hub_of(executor), std::move(what));
 }
 
-/// The context's executor.
+/// The same, on the context's executor.
 inline void spawn(asio::io_context& context, task<> what) {
   spawn(context.get_executor(), std::move(what));
 }
