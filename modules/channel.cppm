@@ -990,9 +990,7 @@ class receiver {
   /// After an operation that looked: how far the next ones need not.
   void at_once_begins() noexcept { at_once_until_ = std::min(lane_.plain_until(), next_turn(lane_.head())); }
 
-  [[nodiscard]] bool ready_now() noexcept {
-    return !turn_due(lane_.head()) && (lane_.known() != 0 || look_in_place());
-  }
+  [[nodiscard]] bool ready_now() noexcept { return !turn_due(lane_.head()) && (lane_.known() != 0 || look_in_place()); }
 
   /// Looks, and lingers if the next message is near.
   [[gnu::noinline]] bool look_in_place() noexcept {

@@ -25,9 +25,9 @@ class spawn_observer {
 
 /// Starts `what` on a hub, from any thread; nobody awaits it. If the context is destroyed first, so is the task.
 ///
-/// Waits: never. Allocates: one frame. Errors: `std::bad_alloc`. What leaves the task goes to `observer`; without one, it
-/// is thrown out of the context's `run()`. Complexity: constant.
-void spawn_on(hub& where, task<> what, spawn_observer* observer = nullptr);
+/// Waits: never. Allocates: never. Errors: what leaves the task goes to `observer`; without one, it is thrown out of the
+/// context's `run()`. Complexity: constant.
+void spawn_on(hub& where, task<> what, spawn_observer* observer = nullptr) noexcept;
 
 struct runtime_options {
   /// CPUs to run a worker on, by the system's numbers. Default: the first of each core that this process may use.
@@ -47,9 +47,8 @@ class runtime_node {
 
   /// Starts a task on the node's next worker. It stays there. From any thread.
   ///
-  /// Waits: never. Allocates: one frame. Errors: `std::bad_alloc`; what leaves the task is thrown by `join`. Complexity:
-  /// constant.
-  void spawn(task<> what);
+  /// Waits: never. Allocates: never. Errors: what leaves the task is thrown by `join`. Complexity: constant.
+  void spawn(task<> what) noexcept;
 
  private:
   friend class runtime;
@@ -88,8 +87,8 @@ class runtime {
   /// Errors: `std::out_of_range` that names how many there are.
   [[nodiscard]] runtime_node& node(std::size_t index);
 
-  /// Starts a task on the next worker of all. From any thread.
-  void spawn(task<> what);
+  /// Starts a task on the next worker of all. From any thread. Everything else as for a node's `spawn`.
+  void spawn(task<> what) noexcept;
 
   /// Waits until every spawned task has ended, or `stop` was called, and stops the workers. Throws the first exception
   /// that left a task, or a handler of Asio on one of the workers.
