@@ -32,7 +32,8 @@ class hub;
 struct hub_waiter {
   /// The end whose word the peer reads; null for one that only wants its turn.
   endpoint* end = nullptr;
-  /// Looks whether the operation can go on. `alone`: no other operation waits on this hub, so a pause harms nobody.
+  /// Looks whether the operation can go on; null: it always can. `alone`: no other operation waits on this hub, so a
+  /// pause harms nobody.
   bool (*ready)(hub_waiter& self, bool alone) noexcept = nullptr;
   /// Goes on. Called once, by the turn, when the waiter is on no list any more; `self` may be gone when it returns.
   void (*complete)(hub_waiter& self) = nullptr;
@@ -146,6 +147,8 @@ class hub {
   /// What nobody awaits lives from here ...
   ///
   /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
+  ///
+  /// Waits: for the slice of a turn that runs on another thread, and so does its end.
   virtual void add_root(hub_root& root) noexcept = 0;
   /// ... to here. `error`, if there is one, is thrown out of the context's `run()`.
   ///
@@ -224,7 +227,6 @@ class [[nodiscard]] yield_operation {
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> awaiting) {
     turn_.awaiting = awaiting;
-    turn_.ready = [](hub_waiter&, bool) noexcept { return true; };
     turn_.complete = [](hub_waiter& waiter) { static_cast<next_turn&>(waiter).awaiting.resume(); };
     hub_to_wait_on(awaiting).wait(turn_);
   }

@@ -166,8 +166,11 @@ template <class Policy = native_waiting, class Word>
   Policy::light_barrier(kind);
   // relaxed: the barrier pair above orders it after our publication.
   std::uint32_t now = word.load(std::memory_order_relaxed);
+  // First and by itself, because it is what every message meets.
+  if (now == static_cast<std::uint32_t>(presence::awake)) [[likely]]
+    return presence::awake;
   if (now != static_cast<std::uint32_t>(presence::thread_parked) &&
-      now != static_cast<std::uint32_t>(presence::hub_parked)) [[likely]] {
+      now != static_cast<std::uint32_t>(presence::hub_parked)) {
     return static_cast<presence>(now);
   }
   // acq_rel: release hands our publication to take_back; acquire orders what the owner wrote about its doorbell before

@@ -27,9 +27,9 @@ class spawn_observer {
 
 /// Starts `what` on a hub, from any thread; nobody awaits it. If the context is destroyed first, so is the task.
 ///
-/// Waits: never. Allocates: one frame. Errors: `std::bad_alloc`. What leaves the task goes to `observer`; without one, it
-/// is thrown out of the context's `run()`. Complexity: constant.
-void spawn_on(hub& where, task<> what, spawn_observer* observer = nullptr);
+/// Waits: never. Allocates: never. Errors: what leaves the task goes to `observer`; without one, it is thrown out of the
+/// context's `run()`. Complexity: constant.
+void spawn_on(hub& where, task<> what, spawn_observer* observer = nullptr) noexcept;
 
 struct runtime_options {
   /// CPUs to run a worker on, by the system's numbers. Default: the first of each core that this process may use.
@@ -51,9 +51,8 @@ class runtime_node {
 
   /// Starts a task on the node's next worker. It stays there. From any thread.
   ///
-  /// Waits: never. Allocates: one frame. Errors: `std::bad_alloc`; what leaves the task is thrown by `join`. Complexity:
-  /// constant.
-  void spawn(task<> what);
+  /// Waits: never. Allocates: never. Errors: what leaves the task is thrown by `join`. Complexity: constant.
+  void spawn(task<> what) noexcept;
 
  private:
   friend class runtime;
@@ -94,9 +93,9 @@ class runtime {
 
   /// Starts a task on the next worker of all. From any thread.
   ///
-  /// Waits: never. Allocates: one frame. Errors: `std::bad_alloc`; what leaves the task is thrown by `join`. Complexity:
+  /// Waits: as a node's `spawn`. Allocates: never. Errors: none; what leaves the task is thrown by `join`. Complexity:
   /// constant.
-  void spawn(task<> what);
+  void spawn(task<> what) noexcept;
 
   /// Waits until every spawned task has ended, or `stop` was called, and stops the workers. Throws the first exception
   /// that left a task, or a handler of Asio on one of the workers.
