@@ -41,7 +41,8 @@ query() { jq -r "$1" "$scratch/out" 2>&1; }
 
 enter() {  # ROLE NAME: starts an end and waits until it has entered; its process is in $entered
   local word
-  exec 9< <("$peer" "$1" "$2" 2>>"$scratch/peers" & echo $!; wait)
+  # One process says both words, or they could come in either order.
+  exec 9< <(exec bash -c 'echo $$; exec "$@"' sh "$peer" "$1" "$2" 2>>"$scratch/peers")
   # Known before it has entered: one that does not must be killed as well, or ctest waits for what it has open.
   read -r -t 30 entered <&9 && pids+=("$entered")
   read -r -t 30 word <&9 && [ "$word" == in ] || {
