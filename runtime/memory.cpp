@@ -8,6 +8,7 @@ module;
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -755,7 +756,7 @@ segment open_segment(
       fail_errno(ENOENT, name.text() + ": expected an existing channel at " + path);
     }
     // Looked for rather than watched: inotify sees neither what comes over a network nor into a directory that is yet to
-    // be made, and a look costs a microsecond.
+    // be made, and a look costs two microseconds.
     sleep_a_moment();
   };
   for (;;) {
@@ -880,11 +881,30 @@ std::string current_path(const std::filesystem::path& link, const std::filesyste
   return {};
 }
 
+/// Whether anybody holds a lock as our ends do on a file outside of /dev/shm: one look, where the next one below is at
+/// every descriptor of every process.
+bool has_locks_elsewhere() {
+  struct ::stat directory{};
+  std::ifstream locks{"/proc/locks"};
+  if (!locks || ::stat(std::string{shm_directory}.c_str(), &directory) != 0) return true;
+  for (std::string lock; std::getline(locks, lock);) {
+    const std::size_t at = lock.find(" OFDLCK ");
+    unsigned major = 0;
+    unsigned minor = 0;
+    // 1: OFDLCK ADVISORY  WRITE -1 00:1a:12345 1 1
+    if (at == std::string::npos) continue;
+    if (std::sscanf(lock.c_str() + at, " OFDLCK %*s %*s %*d %x:%x:", &major, &minor) != 2) return true;
+    if (::makedev(major, minor) != directory.st_dev) return true;
+  }
+  return false;
+}
+
 /// The files outside of /dev/shm on which somebody holds locks as our ends do: those that live in `file:` channels are
 /// among them. Of processes that this user may not look into, nothing is known.
 std::set<std::string> locked_files() {
   namespace fs = std::filesystem;
   std::set<std::string> paths;
+  if (!has_locks_elsewhere()) return paths;
   std::error_code over;  // whatever ends while we look
   for (fs::directory_iterator process{"/proc", over}, end; !over && process != end; process.increment(over)) {
     if (process->path().filename().native().find_first_not_of("0123456789") != std::string::npos) continue;
