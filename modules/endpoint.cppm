@@ -27,6 +27,8 @@ export import strait.park;
 /// | last_death, died_at  | who declares a death, under the gate         | the peer   | half a declaration: the same written again |
 /// | boot                 | owner, entering, under the gate              | who enters | a boot that its role does not live in      |
 /// | process, doorbell    | owner, before it announces `hub_parked`      | the ringer | nothing: nobody reads it while awake       |
+/// | node_asked           | who enters and asks for one, under the gate  | who enters | a wish that nobody fulfilled               |
+/// | cpu                  | owner, before it sleeps                      | `explain`, `inspect` | where it slept before            |
 /// | poisoned             | who found an impossible value                | both ends  | the channel is unusable either way         |
 /// | parks, wakes         | owner, on the slow path                      | `inspect`  | a count that stands still                  |
 ///
@@ -55,7 +57,7 @@ enum class ordering : std::uint8_t {
 struct channel_options {
   /// In messages, rounded up to a power of two. Default: that of the existing channel, or 1024.
   std::optional<std::size_t> capacity = std::nullopt;
-  /// The NUMA node of the memory. Default: where the creator runs.
+  /// The NUMA node of the memory. Default: that of the receiver. Whoever asks, when it enters, has the memory moved.
   std::optional<unsigned> node = std::nullopt;
   /// How this end waits.
   wait_policy wait = wait_policy::adaptive;
@@ -65,6 +67,13 @@ struct channel_options {
   /// Permissions of a segment that is created.
   unsigned mode = 0600;
   ordering order = ordering::automatic;
+  /// What kind of pages to have. Where they are not to be had, others do; `explain` tells.
+  page_kind pages = page_kind::automatic;
+  /// Whether this end touches all pages when it enters, so that no message meets a page fault. (A sender leaves that to
+  /// its first lap where there are several memory nodes and nobody asked for one: see `node`.)
+  bool prefault = true;
+  /// Whether to lock the pages in memory, as far as RLIMIT_MEMLOCK allows; beyond that it is an error.
+  bool lock = false;
 };
 
 /// The message type as the segment's header tells it.
@@ -100,6 +109,8 @@ struct end_entry {
   /// made anyway, and behind what the peer reads at each look at an empty lane, in a cache line that it never reads.
   alignas(64) std::atomic<std::uint64_t> parks{0};
   std::atomic<std::uint64_t> wakes{0};
+  /// The CPU on which the owner last went to sleep, plus one; 0: it has not.
+  std::atomic<std::uint32_t> cpu{0};
 };
 static_assert(sizeof(end_entry) == 2 * line_padding);
 static_assert(offsetof(end_entry, parks) == line_padding + 64);
@@ -125,6 +136,8 @@ struct segment_header {
   std::uint32_t creator_pid;
   std::uint32_t slots_offset;
   std::atomic<std::uint32_t> poisoned;
+  /// The memory node that somebody asked for, plus one; 0: nobody did, so the memory follows the receiver.
+  std::atomic<std::uint32_t> node_asked;
 
   alignas(line_padding) end_entry ends[role_count];
   lane_control<> lane;
@@ -194,6 +207,8 @@ class endpoint final : private process_watcher {
   /// Waits: never. Allocates: the first time for each peer process. Complexity: a few loads of lines that rarely change.
   [[nodiscard]] inline news look_at_peer(std::uint64_t position) noexcept {
     const end_entry& them = peer();
+    if (memory_to_follow_) [[unlikely]]
+      fetch_memory();
     // acquire, here, in death_untold and for the presence: pairs with the release of whoever poisoned, declared or
     // closed; what the peer published before that is then visible to the look that follows.
     if (header_->poisoned.load(std::memory_order_acquire) != 0) return news::corrupt;
@@ -273,12 +288,18 @@ class endpoint final : private process_watcher {
   [[nodiscard]] inline end_entry& own() const noexcept { return *own_; }
   [[nodiscard]] inline end_entry& peer() const noexcept { return *peer_; }
   void adopt(segment_header& header, const segment_header& checked, role mine, const channel_options& options) noexcept;
-  void enter();
+  void enter(std::optional<unsigned> node);
   void watch_peer() noexcept;
+  /// Has the memory moved to where this thread runs: the receiver, in the first look that finds nothing. Not earlier,
+  /// because a handle may be made on one thread and used on another.
+  [[gnu::cold]] void fetch_memory() noexcept;
+  [[nodiscard]] mapping& memory() noexcept;
   [[gnu::cold]] news found_rubbish() noexcept {
     poison();
     return news::corrupt;
   }
+  /// Notes that the owner goes to sleep, and where.
+  void count_park() noexcept;
   bool look() noexcept override;
   void close() noexcept;
 
@@ -293,6 +314,8 @@ class endpoint final : private process_watcher {
   std::atomic<std::uint32_t> watched_incarnation_{0};
   /// Whether this end holds a role in a named segment: only there can a peer die.
   bool entered_ = false;
+  /// Whether the memory is yet to be moved to where this end runs.
+  bool memory_to_follow_ = false;
   store_load barrier_ = store_load::by_fence;
 
   wait_policy policy_ = wait_policy::adaptive;
@@ -346,7 +369,7 @@ bool endpoint::wait(Ready&& ready, std::optional<std::chrono::steady_clock::time
       take_back(own_word());
       return ready();
     }
-    count_one(own().parks);
+    count_park();
     const std::int64_t asleep = now_ns();
     futex_sleep(own_word(), presence::thread_parked, deadline);
     take_back(own_word());

@@ -21,6 +21,8 @@ module;
 #include <vector>
 module strait.endpoint;
 
+import strait.topology;
+
 namespace strait {
 namespace {
 
@@ -71,6 +73,10 @@ void fill_header(segment_header& header, const message_shape& shape, std::uint64
   shape.name.copy(header.message_name, sizeof header.message_name - 1);
   header.creator_pid = static_cast<std::uint32_t>(::getpid());
   header.magic = segment_header::expected_magic;
+}
+
+page_wishes wishes_of(const channel_options& options) noexcept {
+  return {.node = options.node, .kind = options.pages, .prefault = options.prefault, .lock = options.lock};
 }
 
 std::string quoted(std::string_view name) {
@@ -193,6 +199,7 @@ void endpoint::adopt(segment_header& header, const segment_header& checked, role
   longest_spin_ = options.longest_spin.count();
   spin_ = spin_budget{options.wait, std::min<std::int64_t>(longest_spin_, 10'000), longest_spin_};
   fork_generation_ = fork_generation();
+  memory_to_follow_ = mine == role::receiver && memory_nodes().size() > 1;
 }
 
 std::pair<std::unique_ptr<endpoint>, std::unique_ptr<endpoint>> endpoint::make_private(const message_shape& shape,
@@ -200,10 +207,12 @@ std::pair<std::unique_ptr<endpoint>, std::unique_ptr<endpoint>> endpoint::make_p
                                                                                        destroy_messages destroy) {
   const std::uint64_t capacity = checked_capacity("private channel", options.capacity, shape);
   auto shared = std::make_shared<private_channel>();
-  shared->memory = mapping::anonymous(slots_offset_for(shape.alignment) + capacity * shape.bytes, options.node);
+  shared->memory = mapping::anonymous(slots_offset_for(shape.alignment) + capacity * shape.bytes, wishes_of(options));
   auto* header = ::new (static_cast<void*>(shared->memory.data())) segment_header{};
   const bool barrier = options.order == ordering::automatic && register_barrier(store_load::by_process_barrier);
   fill_header(*header, shape, capacity, barrier ? store_load::by_process_barrier : store_load::by_fence);
+  // relaxed: nobody else has it yet.
+  header->node_asked.store(options.node ? *options.node + 1 : 0, std::memory_order_relaxed);
   shared->header = header;
   shared->destroy = destroy;
   const auto make = [&](role mine) {
@@ -233,7 +242,13 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
   segment_plan plan;
   plan.bytes = slots_offset_for(shape.alignment) + capacity * shape.bytes;
   plan.mode = options.mode;
-  plan.node = options.node;
+  plan.pages = wishes_of(options);
+  // Without more rights the kernel moves only pages that one process alone has touched: a sender leaves them to the
+  // receiver until it writes to them. They are allocated all the same.
+  if (mine == role::sender && !options.node && options.pages == page_kind::automatic && !options.lock &&
+      memory_nodes().size() > 1) {
+    plan.pages.prefault = false;
+  }
   plan.fill = [&](std::byte* memory) {
     fill_header(*::new (static_cast<void*>(memory)) segment_header{}, shape, capacity, barrier);
   };
@@ -302,6 +317,10 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
   // Now, because it may fail: later there would be a segment to be taken back.
   (void)this_process();
   made->segment_ = open_segment(made->name_, options.open, plan, sizeof(segment_header), examine, bytes_to_map);
+  if (options.node && !made->segment_.created) {
+    // Refused as when it is created, where there is no such node.
+    made->segment_.map.ask_for_node(*options.node, channel);
+  }
   // Once more, and from here on only this copy: what was examined can have been overwritten before it was mapped.
   segment_header checked{};
   const std::span<const std::byte> mapped{made->segment_.map.data(), sizeof(segment_header)};
@@ -309,11 +328,11 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     fail(errc::corrupt, channel + ": expected a header that stays as it is, found it changed while it was entered");
   }
   made->adopt(*std::launder(reinterpret_cast<segment_header*>(made->segment_.map.data())), checked, mine, options);
-  made->enter();
+  made->enter(options.node);
   return made;
 }
 
-void endpoint::enter() {
+void endpoint::enter(std::optional<unsigned> node) {
   file_locks& locks = segment_.locks;
   declare_if_dead(*header_, role_, locks);
   declare_if_dead(*header_, other(role_), locks);
@@ -345,6 +364,10 @@ void endpoint::enter() {
   mine.process_low.store(me.low, std::memory_order_relaxed);
   mine.doorbell.store(0, std::memory_order_relaxed);
   mine.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);
+  mine.cpu.store(0, std::memory_order_relaxed);
+  if (node) header_->node_asked.store(*node + 1, std::memory_order_relaxed);
+  memory_to_follow_ =
+      role_ == role::receiver && memory_nodes().size() > 1 && header_->node_asked.load(std::memory_order_relaxed) == 0;
   // release: pairs with the acquire in watch_peer and announce_hub, which must not take a number for the process that
   // held the role before.
   mine.incarnation.fetch_add(1, std::memory_order_release);
@@ -360,6 +383,26 @@ void endpoint::enter() {
   ring(claim_ring(peer_word(), barrier_));
   futex_wake(peer_word());
   locks.unlock(gate_byte);
+}
+
+mapping& endpoint::memory() noexcept {
+  return private_ ? private_->memory : segment_.map;
+}
+
+void endpoint::fetch_memory() noexcept {
+  memory_to_follow_ = false;
+  // In a forked child the end is the parent's.
+  if (inherited()) return;
+  // relaxed: nothing else is concluded from it. A peer that asks at this very moment may find its wish undone.
+  if (header_->node_asked.load(std::memory_order_relaxed) != 0) return;
+  // Where the kernel refuses, it stays where it is and works as well, only farther away; `explain` tells.
+  if (const auto here = nearest_memory_node()) (void)memory().move_to(*here);
+}
+
+void endpoint::count_park() noexcept {
+  count_one(own().parks);
+  // relaxed: like the count.
+  own().cpu.store(static_cast<std::uint32_t>(this_cpu() + 1), std::memory_order_relaxed);
 }
 
 endpoint::~endpoint() {
@@ -503,7 +546,7 @@ bool endpoint::hub_sleeps() noexcept {
     // takes the announcement back in vain, but then its predecessor has rung, or died, which the sentry tells.
     return false;
   }
-  count_one(own().parks);
+  count_park();
   return true;
 }
 
