@@ -57,7 +57,7 @@ query() { jq -r "$1" "$scratch/out" 2>&1; }
 
 enter() {  # ROLE NAME: starts an end and waits until it has entered; its process is in $entered
   local word
-  exec 9< <("$peer" "$1" "$2" 2>>"$scratch/peers" & echo $!; wait)
+  exec 9< <(echo "$BASHPID"; exec "$peer" "$1" "$2" 2>>"$scratch/peers")
   # Known before it has entered: one that does not must be killed as well, or ctest waits for what it has open.
   read -r -t 30 entered <&9 && pids+=("$entered")
   read -r -t 30 word <&9 && [ "$word" == in ] || {
