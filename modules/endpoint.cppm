@@ -162,6 +162,72 @@ enum class news : std::uint8_t { none, closed, died, corrupt };
   }
 }
 
+/// What wakes an end.
+enum class bell_kind : std::uint8_t {
+  /// It has not slept yet.
+  none,
+  /// A thread sleeps on the word itself.
+  futex,
+  /// A hub sleeps in its reactor; the peer writes its eventfd.
+  eventfd,
+  /// A hub sleeps in its reactor, and a helper thread on the word in its place, because the peer does not have the eventfd.
+  relay,
+};
+[[nodiscard]] constexpr std::string_view to_string(bell_kind k) noexcept {
+  switch (k) {
+    case bell_kind::none:
+      return "none";
+    case bell_kind::futex:
+      return "futex";
+    case bell_kind::eventfd:
+      return "eventfd";
+    case bell_kind::relay:
+      return "relay";
+  }
+  return "unknown";
+}
+
+/// Where one end of a channel runs.
+struct end_place {
+  /// Empty when its word holds what no correct end writes.
+  std::optional<presence> state;
+  /// In its own PID namespace; 0: nobody has been there.
+  std::uint32_t pid = 0;
+  /// Of the end that explains: where its thread runs now. Of the other one: where it last went to sleep; empty when it has
+  /// not.
+  std::optional<unsigned> cpu;
+  /// The node of that CPU; empty when it is not known.
+  std::optional<unsigned> node;
+};
+
+/// Where a channel is and how it works, as one end sees it at one moment.
+struct explanation {
+  std::string channel;
+  /// The end that explains.
+  role which = role::sender;
+  std::uint64_t capacity = 0;
+  std::uint32_t message_bytes = 0;
+  /// The memory, as this process has mapped it.
+  page_report pages;
+  /// The node that somebody asked for; empty: nobody did, so the memory follows the receiver.
+  std::optional<unsigned> node_asked;
+  /// By role.
+  std::array<end_place, role_count> ends;
+  /// How this end waits: for how long at most it spins, and for how long it would now.
+  wait_policy wait = wait_policy::adaptive;
+  std::chrono::nanoseconds longest_spin{0};
+  std::chrono::nanoseconds spin{0};
+  /// Who pays for the order between a message and a sleep, and what one barrier costs the waiter: the least of a few, just
+  /// measured.
+  store_load barrier = store_load::by_fence;
+  std::chrono::nanoseconds barrier_cost{0};
+  /// What woke this end last.
+  bell_kind bell = bell_kind::none;
+
+  /// All of it for people, with what it costs: some lines, each ended by a newline.
+  [[nodiscard]] std::string text() const;
+};
+
 /// One end of a channel: its place in the segment, and everything that is not on the path of each message.
 class endpoint final : private process_watcher {
  public:
@@ -268,6 +334,12 @@ class endpoint final : private process_watcher {
   template <class Ready>
   bool wait(Ready&& ready, std::optional<std::chrono::steady_clock::time_point> deadline);
 
+  /// Where the channel is and how it works. Called by whoever uses the end.
+  ///
+  /// Waits: never, but executes the barrier of the channel a few times. Allocates: the result. Errors: `std::bad_alloc`.
+  /// Complexity: linear in the pages, and in the mappings of the process.
+  [[nodiscard]] explanation explain();
+
   // For the hub, which waits for many ends with one doorbell.
 
   /// Announces that a hub waits for this end with that doorbell; `heavy_barrier` and another look must follow.
@@ -299,7 +371,7 @@ class endpoint final : private process_watcher {
     return news::corrupt;
   }
   /// Notes that the owner goes to sleep, and where.
-  void count_park() noexcept;
+  void count_park(bell_kind bell) noexcept;
   bool look() noexcept override;
   void close() noexcept;
 
@@ -322,6 +394,8 @@ class endpoint final : private process_watcher {
   std::int64_t longest_spin_ = 0;
   spin_budget spin_;
 
+  std::uint32_t message_bytes_ = 0;
+
   // The named segment.
   std::string text_;
   memory_name name_;
@@ -332,6 +406,7 @@ class endpoint final : private process_watcher {
   std::unique_ptr<futex_relay> relay_;
   std::uint64_t relay_doorbell_ = 0;
   bool hub_waits_on_futex_ = false;
+  bell_kind bell_ = bell_kind::none;
 
   std::shared_ptr<private_channel> private_;
 };
@@ -369,7 +444,7 @@ bool endpoint::wait(Ready&& ready, std::optional<std::chrono::steady_clock::time
       take_back(own_word());
       return ready();
     }
-    count_park();
+    count_park(bell_kind::futex);
     const std::int64_t asleep = now_ns();
     futex_sleep(own_word(), presence::thread_parked, deadline);
     take_back(own_word());
@@ -419,6 +494,8 @@ struct end_state {
   /// How often the owners of this end went to sleep, and how often they rang the other end, since the segment was made.
   std::uint64_t parks = 0;
   std::uint64_t wakes = 0;
+  /// The CPU on which its owner last went to sleep; empty when it has not.
+  std::optional<unsigned> cpu;
 };
 
 /// A channel between processes, as others see it.
@@ -443,6 +520,8 @@ struct channel_state {
   std::uint64_t segment_bytes = 0;
   std::uint32_t creator_pid = 0;
   store_load barrier = store_load::by_fence;
+  /// The memory node that somebody asked for; empty: nobody did, so the memory follows the receiver.
+  std::optional<unsigned> node_asked;
   /// The channel is poisoned, or a word in it holds what no correct end writes.
   bool corrupt = false;
   /// Nobody lives in it because the sender has closed and the receiver has yet to come: its messages wait.

@@ -323,6 +323,17 @@ enum class wait_policy : std::uint32_t {
   /// Never spins.
   park,
 };
+[[nodiscard]] constexpr std::string_view to_string(wait_policy p) noexcept {
+  switch (p) {
+    case wait_policy::adaptive:
+      return "adaptive";
+    case wait_policy::busy:
+      return "busy";
+    case wait_policy::park:
+      return "park";
+  }
+  return "unknown";
+}
 
 /// Nanoseconds of the steady clock.
 [[nodiscard]] inline std::int64_t now_ns() noexcept {

@@ -75,6 +75,11 @@ void fill_header(segment_header& header, const message_shape& shape, std::uint64
   header.magic = segment_header::expected_magic;
 }
 
+/// The number in a word that holds one more than that, or 0 for none.
+std::optional<unsigned> counted_from_one(std::uint32_t word) noexcept {
+  return word == 0 ? std::nullopt : std::optional<unsigned>{word - 1};
+}
+
 page_wishes wishes_of(const channel_options& options) noexcept {
   return {.node = options.node, .kind = options.pages, .prefault = options.prefault, .lock = options.lock};
 }
@@ -194,6 +199,7 @@ void endpoint::adopt(segment_header& header, const segment_header& checked, role
   role_ = mine;
   capacity_ = checked.capacity;
   slots_offset_ = checked.slots_offset;
+  message_bytes_ = checked.message_bytes;
   barrier_ = checked.barrier;
   policy_ = options.wait;
   longest_spin_ = options.longest_spin.count();
@@ -399,10 +405,154 @@ void endpoint::fetch_memory() noexcept {
   if (const auto here = nearest_memory_node()) (void)memory().move_to(*here);
 }
 
-void endpoint::count_park() noexcept {
+void endpoint::count_park(bell_kind bell) noexcept {
+  bell_ = bell;
   count_one(own().parks);
   // relaxed: like the count.
   own().cpu.store(static_cast<std::uint32_t>(this_cpu() + 1), std::memory_order_relaxed);
+}
+
+explanation endpoint::explain() {
+  explanation told;
+  told.channel = text_;
+  told.which = role_;
+  told.capacity = capacity_;
+  // Not of the shared header: that is the peer's to spoil.
+  told.message_bytes = message_bytes_;
+  told.pages = memory().report();
+  // relaxed, here and below: figures, from which nothing is concluded.
+  told.node_asked = counted_from_one(header_->node_asked.load(std::memory_order_relaxed));
+  for (const role r : {role::sender, role::receiver}) {
+    const end_entry& entry = header_->ends[static_cast<std::size_t>(r)];
+    end_place& place = told.ends[static_cast<std::size_t>(r)];
+    const std::uint32_t word = entry.presence.load(std::memory_order_relaxed);
+    if (is_presence(word)) place.state = static_cast<presence>(word);
+    place.pid = private_ ? static_cast<std::uint32_t>(::getpid()) : entry.pid.load(std::memory_order_relaxed);
+    if (r != role_) {
+      place.cpu = counted_from_one(entry.cpu.load(std::memory_order_relaxed));
+    } else if (const int here = this_cpu(); here >= 0) {
+      place.cpu = static_cast<unsigned>(here);
+    }
+    if (place.cpu) place.node = node_of_cpu(*place.cpu);
+  }
+  told.wait = policy_;
+  told.longest_spin = std::chrono::nanoseconds{longest_spin_};
+  told.spin = std::chrono::nanoseconds{policy_ == wait_policy::park ? 0 : spin_.length()};
+  told.barrier = barrier_;
+  constexpr int tries = 5;
+  for (int i = 0; i < tries; ++i) {
+    const std::int64_t before = now_ns();
+    heavy_barrier(barrier_);
+    const std::chrono::nanoseconds took{now_ns() - before};
+    if (i == 0 || took < told.barrier_cost) told.barrier_cost = took;
+  }
+  told.bell = bell_;
+  return told;
+}
+
+namespace {
+
+std::string microseconds(std::chrono::nanoseconds span) {
+  const auto tenths = (span.count() + 50) / 100;
+  return std::to_string(tenths / 10) + '.' + std::to_string(tenths % 10) + " us";
+}
+
+std::string describe_place(role which, const end_place& place, bool here) {
+  std::string text{to_string(which)};
+  if (place.pid != 0) text += " in process " + std::to_string(place.pid);
+  text += ", " + std::string{place.state ? to_string(*place.state) : "corrupt"};
+  if (!place.cpu) return text + (place.pid == 0 ? "" : "; it has not slept yet, so its CPU is not known");
+  text += (here ? "; on CPU " : "; last slept on CPU ") + std::to_string(*place.cpu);
+  if (place.node) text += ", node " + std::to_string(*place.node);
+  return text;
+}
+
+}  // namespace
+
+std::string explanation::text() const {
+  std::string lines;
+  const auto add = [&](std::string_view what, const std::string& found) {
+    constexpr std::size_t width = 11;
+    lines += std::string{what} + std::string(width - what.size(), ' ') + found + '\n';
+  };
+  add("channel",
+      channel + ": " + std::to_string(capacity) + " messages of " + std::to_string(message_bytes) + " bytes");
+
+  std::string memory = std::to_string(pages.bytes) + " bytes";
+  if (pages.page_bytes != 0) memory += " in pages of " + std::to_string(pages.page_bytes);
+  if (pages.transparent_bytes != 0) {
+    memory += ", of which " + std::to_string(pages.transparent_bytes) + " bytes in transparent huge pages";
+  }
+  if (pages.locked_bytes != 0) memory += ", " + std::to_string(pages.locked_bytes) + " bytes of them locked";
+  add("memory", memory);
+  if (!pages.shortfall.empty()) add("not had", pages.shortfall);
+  std::size_t touched = 0;
+  for (const node_share& share : pages.nodes) touched += share.pages;
+  std::string nodes;
+  for (const node_share& share : pages.nodes) {
+    nodes += (nodes.empty() ? "" : ", ") + std::to_string(share.pages * 100 / touched) + "% on node " +
+             std::to_string(share.node);
+  }
+  if (!pages.nodes_refused.empty()) nodes = "not known, because the kernel refuses move_pages: " + pages.nodes_refused;
+  if (nodes.empty()) nodes = "nowhere yet";
+  if (pages.untouched != 0) {
+    nodes += "; " + std::to_string(pages.untouched) + " pages that this process has not touched, a page fault each";
+  }
+  add("placed", nodes + (node_asked ? "; node " + std::to_string(*node_asked) + " was asked for"
+                                    : "; no node was asked for, so it follows the receiver"));
+
+  const end_place& mine = ends[static_cast<std::size_t>(which)];
+  const end_place& theirs = ends[static_cast<std::size_t>(other(which))];
+  add("this end", describe_place(which, mine, true));
+  add("other end", describe_place(other(which), theirs, false));
+  if (mine.cpu && theirs.cpu) {
+    std::string distance;
+    if (*mine.cpu == *theirs.cpu) {
+      distance = "one CPU: the ends take turns, and a spin only delays the other";
+    } else if (mine.node && theirs.node && *mine.node != *theirs.node) {
+      distance = "two nodes: each cache line of messages crosses between them";
+    } else {
+      distance = "one node: each cache line of messages crosses between two CPUs";
+    }
+    add("distance", distance + " (`rtt/8B/spin` beside `raw-line` in ./dev demo measures it)");
+  }
+
+  std::string policy{to_string(wait)};
+  if (wait == wait_policy::busy) {
+    policy += ": never sleeps, and takes a CPU for itself";
+  } else if (wait == wait_policy::park) {
+    policy += ": sleeps at once, so each message that is waited for costs two wake-ups (`rtt/8B/parked` in ./dev demo)";
+  } else {
+    policy += ": spins for " + microseconds(spin) + " now and " + microseconds(longest_spin) +
+              " at most, a CPU's time, then sleeps (`rtt/8B/spin` and `rtt/8B/parked` in ./dev demo)";
+  }
+  add("waiting", policy);
+
+  if (barrier == store_load::by_fence) {
+    add("order", "a fence in each send, " + microseconds(barrier_cost) +
+                     " just now: 4 to 10 times slower one by one (docs/design/waiting.md)");
+  } else {
+    add("order", "membarrier by who waits, " + microseconds(barrier_cost) +
+                     " just now, before each sleep; a send pays for nothing");
+  }
+
+  switch (bell) {
+    case bell_kind::none:
+      add("bell", "none yet: this end has not slept");
+      break;
+    case bell_kind::futex:
+      add("bell", "futex: a wake-up is one system call of the other end and one here");
+      break;
+    case bell_kind::eventfd:
+      add("bell",
+          "eventfd: a wake-up is one write of the other end, and an epoll_wait and a read here (`raw-eventfd` in ./dev "
+          "demo)");
+      break;
+    case bell_kind::relay:
+      add("bell", "relay: a helper thread sleeps for this end's hub and rings it, so a wake-up is two");
+      break;
+  }
+  return lines;
 }
 
 endpoint::~endpoint() {
@@ -546,7 +696,7 @@ bool endpoint::hub_sleeps() noexcept {
     // takes the announcement back in vain, but then its predecessor has rung, or died, which the sentry tells.
     return false;
   }
-  count_park();
+  count_park(hub_waits_on_futex_ ? bell_kind::relay : bell_kind::eventfd);
   return true;
 }
 
@@ -585,6 +735,7 @@ channel_state judge(const memory_name& name, const segment_look& look) {
     end.pid = entry.pid.load(std::memory_order_relaxed);
     end.parks = entry.parks.load(std::memory_order_relaxed);
     end.wakes = entry.wakes.load(std::memory_order_relaxed);
+    end.cpu = counted_from_one(entry.cpu.load(std::memory_order_relaxed));
   }
   // Who enters takes its own lock before it leaves the gate. The gate was looked at first: had it been looked at last, an
   // end that entered in between would have been missed in both places.
@@ -597,6 +748,7 @@ channel_state judge(const memory_name& name, const segment_look& look) {
   state.segment_bytes = header.segment_bytes;
   state.creator_pid = header.creator_pid;
   state.barrier = header.barrier;
+  state.node_asked = counted_from_one(header.node_asked.load(std::memory_order_relaxed));
   state.sent = header.lane.tail.load(std::memory_order_relaxed);
   state.taken = header.lane.head.load(std::memory_order_relaxed);
   // The cursors of a live channel are not of one instant: the difference may come out beyond both bounds.

@@ -128,6 +128,7 @@ TEST_CASE("numa: the topology sees both nodes, as the kernel and hwloc do") {
   hwloc_topology_destroy(machine);
   for (unsigned n = 0; n < node_count; ++n) {
     on_node(n, [n] { CHECK(strait::nearest_memory_node() == n); });
+    CHECK(strait::node_of_cpu(cpu_of(n)) == n);
   }
 }
 
@@ -224,6 +225,19 @@ TEST_CASE("numa: a channel between two nodes of a runtime lies where its receive
     }
     CHECK(expected == count);
     CHECK(nodes == only(1));
+    const strait::explanation told = in.explain();
+    const auto& here = told.ends[static_cast<std::size_t>(strait::role::receiver)];
+    const auto& there = told.ends[static_cast<std::size_t>(strait::role::sender)];
+    CHECK(here.node == 1U);
+    REQUIRE(told.pages.nodes.size() == 1);
+    CHECK(told.pages.nodes.front().node == 1);
+    CHECK_FALSE(told.node_asked);
+    CHECK(told.text().find("100% on node 1; no node was asked for, so it follows the receiver") != std::string::npos);
+    if (there.cpu) {  // the sender may never have slept
+      CHECK(there.node == 0U);
+      CHECK(told.text().find("two nodes: each cache line of messages crosses between them") != std::string::npos);
+    }
+    MESSAGE(told.text());
   }(std::move(rx)));
   rt.join();
 }
