@@ -273,10 +273,11 @@ struct named_file {
   std::uint64_t size = 0;
 };
 
-/// Everything in the machine's memory that may be a named segment, by name: the files in /dev/shm, and the System V
-/// segments whose companion is gone.
+/// Everything that may be a named segment, by name: the files in /dev/shm, the System V segments whose companion is gone,
+/// and those files elsewhere that a process which this user may look into holds a lock on.
 ///
-/// Waits: never. Allocates: the names. Errors: the errno of the failing call. Complexity: a system call a file.
+/// Waits: never. Allocates: the names. Errors: the errno of the failing call. Complexity: a system call a file, and two
+/// for each descriptor of those processes.
 [[nodiscard]] std::vector<named_file> named_files();
 
 /// A named segment that is looked at and not entered.
@@ -356,7 +357,7 @@ struct system_v_companion {
 [[nodiscard]] std::size_t read_system_v(const memory_name& name, const system_v_segment& segment,
                                         std::span<std::byte> into);
 
-/// The names on the labels of all segments that this user may read.
+/// The names on the labels of all segments that this user may read and whose companions are to be in our /dev/shm.
 [[nodiscard]] std::vector<std::string> labelled_system_v();
 
 }  // namespace strait
