@@ -31,6 +31,9 @@ struct lane {
   std::vector<double> values;
   std::vector<double> samples;
   std::uint64_t growth = 0;
+  /// Messages that were taken beside what was measured, and how long that went on, in all rounds.
+  double load = 0;
+  double load_ns = 0;
   /// Why there is nothing to count with; then there is no figure.
   std::string refused = {};
 };
@@ -44,24 +47,21 @@ double best_of(const lane& one, bool rate) {
 /// up.
 end::round find_size(lane& one, const job& task, const plan& how) {
   const bool spin = task.kind == work::spin;
-  switch (task.kind) {
-    case work::parked: {
-      one.ends->play({.stamped = 10});
-      return {.stamped = how.quick ? 30U : 120U};
-    }
-    case work::syscalls:
-    case work::allocations: {
-      // A million of strait's; of those that make system calls for each message fewer, and the rest is arithmetic. The
-      // first tenth does not count, so that both ends are in their stride.
-      const bool strait = one.what->name == "strait";
-      const std::uint64_t all = strait ? 1'000'000 : task.kind == work::syscalls ? 5'000 : 100'000;
-      const end::round size{.warm_up = all / 10, .messages = how.quick && !strait ? all / 5 : all};
-      one.ends->play(size);
-      return size;
-    }
-    default:
-      break;
+  if (task.counted != tally::nothing) {
+    // A million of strait's; of those that make system calls for each message fewer, and the rest is arithmetic. The
+    // first tenth does not count, so that both ends are in their stride.
+    const bool strait = one.what->name == "strait";
+    const std::uint64_t all = strait ? 1'000'000 : task.counted == tally::syscalls ? 5'000 : 100'000;
+    const end::round size{.warm_up = all / 10, .messages = how.quick && !strait ? all / 5 : all};
+    one.ends->play(size);
+    return size;
   }
+  if (task.kind == work::parked) {
+    one.ends->play({.stamped = 10});
+    return {.stamped = how.quick ? 30U : 120U};
+  }
+  // Enough of them that the third worst is the 99th percentile.
+  if (beside_load(task.kind)) return {.warm_up = 20, .stamped = how.quick ? 30U : 300U};
   std::uint64_t messages = spin ? 200 : 4'000;
   double took = 0;
   for (;;) {
@@ -81,42 +81,55 @@ end::round find_size(lane& one, const job& task, const plan& how) {
 
 double value_of(const lane& one, const job& task) {
   const auto messages = static_cast<double>(one.size.messages);
+  switch (task.counted) {
+    case tally::nothing:
+      break;
+    case tally::syscalls:
+      return static_cast<double>(one.ends->syscalls()) * 1e6 / messages;
+    case tally::allocations:
+      return static_cast<double>(one.ends->allocations()) * 1e6 / messages;
+  }
   switch (task.kind) {
     case work::stream:
     case work::batch:
       return messages * 1e9 / one.ends->stream_ns();
     case work::spin:
       return one.ends->ping_ns() / messages;
-    case work::ready:
-      return one.ends->stream_ns() / messages;
     case work::parked:
       return summarise(one.ends->samples()).median / 1e3;
-    case work::syscalls:
-      return static_cast<double>(one.ends->syscalls()) * 1e6 / messages;
-    case work::allocations:
-      return static_cast<double>(one.ends->allocations()) * 1e6 / messages;
+    case work::asio_ready:
+    case work::task_ready:
+    case work::task_switch:
+    case work::task_spawn:
+      return one.ends->stream_ns() / messages;
+    case work::timer:
+    case work::socket: {
+      std::vector<double> samples = one.ends->samples();
+      std::sort(samples.begin(), samples.end());
+      return percentile(samples, 0.99) / 1e3;
+    }
   }
   return 0;
 }
 
+std::string placement_of(const lane& one, const job& task, const conductor& by, memory where) {
+  if (alone(task.kind) && !beside_load(task.kind)) return "one thread";
+  const bool threads = where == memory::private_memory && one.what->may_be_alone && !alone(task.kind);
+  return by.where().words + (threads ? ", one process" : "");
+}
+
 std::string state_of(const lane& one, const job& task, bool one_cpu) {
-  std::string state;
-  switch (task.kind) {
-    case work::spin:
-      state = one_cpu ? "yielding" : "spinning";
-      break;
-    case work::parked:
-      state = "parked";
-      break;
-    case work::syscalls:
-      state = fmt::format("awake, {} counted by ptrace", one.size.messages);
-      break;
-    case work::allocations:
-      state = fmt::format("awake, {} under an interposed malloc, mimalloc grew by {} B", one.size.messages, one.growth);
-      break;
-    default:
-      state = "awake";
-      break;
+  std::string state = "awake";
+  if (task.counted == tally::syscalls) {
+    state += fmt::format(", {} counted by ptrace", one.size.messages);
+  } else if (task.counted == tally::allocations) {
+    state += fmt::format(", {} under an interposed malloc, mimalloc grew by {} B", one.size.messages, one.growth);
+  } else if (task.kind == work::spin) {
+    state = one_cpu ? "yielding" : "spinning";
+  } else if (task.kind == work::parked) {
+    state = "parked";
+  } else if (beside_load(task.kind)) {
+    state += fmt::format(", beside {:.1f} M messages/s", one.load * 1e3 / one.load_ns);
   }
   if (one.what->name == "strait") state += task.kind == work::parked ? ", park" : ", adaptive";
   if (one.what->name == "posix-mq" && task.kind == work::batch) state += ", no batch call";
@@ -124,7 +137,7 @@ std::string state_of(const lane& one, const job& task, bool one_cpu) {
   return state;
 }
 
-row to_row(lane& one, const bench_case& what, const conductor& by) {
+row to_row(lane& one, const bench_case& what, const conductor& by, memory where) {
   if (!one.refused.empty()) {
     return {.kase = std::string{what.name},
             .subject = std::string{one.what->name},
@@ -135,7 +148,7 @@ row to_row(lane& one, const bench_case& what, const conductor& by) {
   const summary over_rounds = summarise(one.values);
   row result{.kase = std::string{what.name},
              .subject = std::string{one.what->name},
-             .placement = what.task.kind == work::ready ? "one thread" : by.where().words,
+             .placement = placement_of(one, what.task, by, where),
              .state = state_of(one, what.task, by.where().one_cpu()),
              .unit = std::string{what.unit},
              .median = over_rounds.median,
@@ -143,7 +156,7 @@ row to_row(lane& one, const bench_case& what, const conductor& by) {
              .max = over_rounds.max};
   if (!one.samples.empty()) {
     std::sort(one.samples.begin(), one.samples.end());
-    const double scale = what.task.kind == work::parked ? 1e3 : 1.0;
+    const double scale = what.unit == "us" ? 1e3 : 1.0;
     result.p50 = percentile(one.samples, 0.50) / scale;
     result.p99 = percentile(one.samples, 0.99) / scale;
     result.p999 = percentile(one.samples, 0.999) / scale;
@@ -162,9 +175,20 @@ std::span<const bench_case> cases() {
       {"stream/1KiB/single", {work::stream, 1024}, "messages/s", true, with({"textbook-ring", "tuned-ring"})},
       {"rtt/8B/spin", {work::spin, 8}, "ns", false, with({"raw-line"})},
       {"rtt/8B/parked", {work::parked, 8}, "us", false, with({"raw-eventfd"})},
-      {"cost/syscalls-per-million", {work::syscalls, 8}, "system calls", false, with({})},
-      {"cost/allocations-per-million", {work::allocations, 8}, "allocations", false, with({})},
-      {"asio/ready-await", {work::ready, 8}, "ns", false, {"strait", "asio-concurrent-channel"}},
+      {"task/ready-await", {work::task_ready, 8}, "ns", false, {"strait", "raw-ring"}},
+      {"task/switch", {work::task_switch, 8}, "ns", false, {"strait", "asio-post", "asio-co-spawn"}},
+      {"task/spawn", {work::task_spawn, 8}, "ns", false, {"strait", "asio-post", "asio-co-spawn"}},
+      {"asio/ready-await", {work::asio_ready, 8}, "ns", false, {"strait", "asio-concurrent-channel"}},
+      {"asio/timer-beside-load", {work::timer, 8}, "us", false, {"strait", "asio-post"}},
+      {"asio/socket-beside-load", {work::socket, 8}, "us", false, {"strait", "asio-post"}},
+      {"cost/syscalls-per-million", {work::stream, 8, tally::syscalls}, "system calls", false, with({})},
+      {"cost/allocations-per-million", {work::stream, 8, tally::allocations}, "allocations", false, with({})},
+      {"cost/allocations-task-ready", {work::task_ready, 8, tally::allocations}, "allocations", false, {"strait"}},
+      {"cost/allocations-asio-ready",
+       {work::asio_ready, 8, tally::allocations},
+       "allocations",
+       false,
+       {"strait", "asio-concurrent-channel"}},
   };
   return all;
 }
@@ -193,7 +217,7 @@ std::vector<row> run_case(conductor& by, const bench_case& what, const plan& how
       job task = what.task;
       task.memory = how.memory;
       made.ends = std::make_unique<pair>(by, one, variant, task, how.fault, fmt::format("{}, {}", what.name, name));
-      if (what.task.kind == work::syscalls) made.refused = made.ends->count_syscalls();
+      if (what.task.counted == tally::syscalls) made.refused = made.ends->count_syscalls();
       made.size = find_size(made, what.task, how);
       lanes.push_back(std::move(made));
     }
@@ -204,6 +228,8 @@ std::vector<row> run_case(conductor& by, const bench_case& what, const plan& how
       one.ends->play(one.size);
       one.values.push_back(value_of(one, what.task));
       one.growth = std::max(one.growth, one.ends->mimalloc_growth());
+      one.load += static_cast<double>(one.ends->load());
+      one.load_ns += one.ends->stream_ns();
       const auto samples = one.ends->samples();
       one.samples.insert(one.samples.end(), samples.begin(), samples.end());
     }
@@ -219,7 +245,7 @@ std::vector<row> run_case(conductor& by, const bench_case& what, const plan& how
                                                         : best_of(one, false) < best_of(*best, false));
       if (best == nullptr || better) best = &one;
     }
-    if (best != nullptr) rows.push_back(to_row(*best, what, by));
+    if (best != nullptr) rows.push_back(to_row(*best, what, by, how.memory));
   }
   return rows;
 }

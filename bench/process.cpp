@@ -88,7 +88,7 @@ end::round end::next_round() {
   report_.samples = 0;
   // Not in the first round: something must have come whole before.
   if (number_ == 2) fault_ = shared_.fault;
-  if (shared_.kind != work::ready) {
+  if (!alone(shared_.kind)) {
     const end_report& other = shared_.ends[producing() ? 1 : 0];
     report_.arrived.store(number_, std::memory_order_release);
     while (other.arrived.load(std::memory_order_acquire) != number_) relax(one_cpu());
@@ -97,7 +97,7 @@ end::round end::next_round() {
 }
 
 void end::begin() noexcept {
-  if (shared_.kind == work::allocations) {
+  if (shared_.counted == tally::allocations) {
     // In this order, and the other way round at the end: asking mimalloc is nothing that should be counted.
     report_.mimalloc_growth = mimalloc_committed();
     report_.allocations = allocations_so_far();
@@ -109,7 +109,7 @@ void end::begin() noexcept {
 void end::done() noexcept {
   report_.end_ns = tick_clock::monotonic_ns();
   report_.counting.store(0, std::memory_order_seq_cst);
-  if (shared_.kind == work::allocations) {
+  if (shared_.counted == tally::allocations) {
     report_.allocations = allocations_so_far() - report_.allocations;
     const std::uint64_t committed = mimalloc_committed();
     report_.mimalloc_growth = committed > report_.mimalloc_growth ? committed - report_.mimalloc_growth : 0;

@@ -5,7 +5,9 @@
 // here has a name in the file system, so nothing is left behind whatever ends the conductor.
 #pragma once
 
+#include <array>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -68,15 +70,32 @@ enum class work : std::uint32_t {
   batch,        // the same in the largest pieces that the subject handles well
   spin,         // round trips; both ends poll
   parked,       // round trips after a pause; both ends sleep
-  syscalls,     // a stream one by one, under the eye of the system call counter
-  allocations,  // the same under the eye of the allocation counter
-  ready         // one process: what awaiting something that is there already costs
+  asio_ready,   // what awaiting something that is there already costs in an Asio coroutine
+  task_ready,   // the same in a task, sends and receives
+  task_switch,  // two coroutines or handlers of one thread take turns
+  task_spawn,   // one of them starts others, each with a message
+  timer,        // how late a timer is in a context that also takes messages as fast as another thread sends them
+  socket        // round trips through a pair of sockets in such a context
 };
+
+/// Whether one process, the producer's, does all of it.
+[[nodiscard]] constexpr bool alone(work kind) noexcept {
+  return kind >= work::asio_ready;
+}
+/// Whether that process has a second thread, on the other CPU.
+[[nodiscard]] constexpr bool beside_load(work kind) noexcept {
+  return kind == work::timer || kind == work::socket;
+}
+
+/// What is counted while it is done.
+enum class tally : std::uint32_t { nothing, syscalls, allocations };
 
 enum class role : std::uint32_t { producer, consumer };
 
-/// Where strait's channels between the processes lie.
-enum class memory : std::uint32_t { posix, file };
+/// Where strait's channels lie: between the two processes, or in one that has both ends as threads.
+enum class memory : std::uint32_t { posix, system_v, file, private_memory };
+/// What they are called on the command line.
+inline constexpr std::array<std::string_view, 4> memory_names{"posix", "sysv", "file", "private"};
 
 inline constexpr std::size_t cache_pair = 128;  // as strait's padding: x86 fetches lines in pairs
 inline constexpr std::size_t sample_limit = std::size_t{1} << 17;
@@ -102,6 +121,8 @@ struct alignas(cache_pair) end_report {
   std::uint64_t end_ns = 0;
   std::uint64_t allocations = 0;
   std::uint64_t mimalloc_growth = 0;
+  /// Messages that were taken beside what was measured.
+  std::uint64_t load = 0;
   std::uint32_t samples = 0;
   std::uint64_t error_ns = 0;
   char error[1024] = {};
@@ -113,6 +134,7 @@ struct control {
 
   // Written once, before the ends start.
   work kind = work::stream;
+  tally counted = tally::nothing;
   std::uint32_t message_bytes = 8;
   std::uint32_t variant = 0;
   std::uint32_t cpus[2] = {0, 0};
@@ -168,9 +190,12 @@ class end {
   [[nodiscard]] std::size_t message_bytes() const noexcept { return shared_.message_bytes; }
   [[nodiscard]] unsigned variant() const noexcept { return shared_.variant; }
   [[nodiscard]] unsigned cpu() const noexcept { return shared_.cpus[static_cast<unsigned>(role_)]; }
+  [[nodiscard]] unsigned other_cpu() const noexcept { return shared_.cpus[producing() ? 1 : 0]; }
   [[nodiscard]] bool one_cpu() const noexcept { return shared_.cpus[0] == shared_.cpus[1]; }
   [[nodiscard]] std::uint64_t nonce() const noexcept { return shared_.nonce; }
   [[nodiscard]] bench::memory memory() const noexcept { return shared_.memory; }
+  /// The other end, for a subject that has both in one process.
+  [[nodiscard]] end other() const noexcept { return end{shared_, producing() ? role::consumer : role::producer}; }
   /// The subject's n-th descriptor for this end.
   [[nodiscard]] int fd(int n) const noexcept { return first_descriptor + n; }
 
@@ -191,6 +216,11 @@ class end {
   void sample(std::uint64_t ticks_taken) noexcept {
     shared_.samples[report_.samples++ & (sample_limit - 1)] = ticks_taken;
   }
+  void sample(std::chrono::nanoseconds taken) noexcept {
+    sample(static_cast<std::uint64_t>(static_cast<double>(taken.count()) / clock_.ns_per_tick()));
+  }
+  /// How many messages were taken beside what was measured.
+  void report_load(std::uint64_t messages) noexcept { report_.load = messages; }
   /// Leaves the other end time to fall asleep before it is pinged.
   void pause_before_ping() const noexcept;
 

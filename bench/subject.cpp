@@ -7,9 +7,11 @@
 namespace bench {
 
 std::span<const subject> subjects() {
-  static const std::array all{strait_subject(),      unix_socket_subject(),   pipe_subject(),       posix_mq_subject(),
-                              tcp_subject(),         textbook_ring_subject(), tuned_ring_subject(), raw_line_subject(),
-                              raw_eventfd_subject(), asio_channel_subject()};
+  static const std::array all{strait_subject(),       unix_socket_subject(), pipe_subject(),
+                              posix_mq_subject(),     tcp_subject(),         textbook_ring_subject(),
+                              tuned_ring_subject(),   raw_line_subject(),    raw_eventfd_subject(),
+                              asio_channel_subject(), raw_ring_subject(),    asio_post_subject(),
+                              asio_co_spawn_subject()};
   return all;
 }
 

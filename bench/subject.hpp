@@ -20,6 +20,7 @@ struct link {
 struct job {
   work kind = work::stream;
   std::size_t message_bytes = 8;
+  tally counted = tally::nothing;
   bench::memory memory = bench::memory::posix;
 };
 
@@ -35,6 +36,8 @@ struct subject {
   void (*forget_names)(std::uint64_t nonce) = nullptr;
   /// Whether the ends share a ring of `capacity_for` messages. A round that fits into it would measure one end alone.
   bool is_ring = false;
+  /// Whether it has both ends in the producer's process when its channels are to lie in private memory.
+  bool may_be_alone = false;
   /// Whether the end pins itself: a library that places its own workers is told where.
   bool pins_itself = false;
 };
@@ -54,6 +57,9 @@ struct subject {
 [[nodiscard]] subject raw_line_subject();
 [[nodiscard]] subject raw_eventfd_subject();
 [[nodiscard]] subject asio_channel_subject();
+[[nodiscard]] subject raw_ring_subject();
+[[nodiscard]] subject asio_post_subject();
+[[nodiscard]] subject asio_co_spawn_subject();
 
 /// Calls `use.operator()<message<N>>()` for the size that is asked for.
 template <class Use>

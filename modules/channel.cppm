@@ -26,11 +26,13 @@ export import strait.endpoint;
 
 /// The handles: `sender<T>` and `receiver<T>`, and every operation in every form.
 ///
-/// An operation is an object with three parts, and each form is one way of putting them together:
+/// An operation is an object with these parts, and each form is one way of putting them together:
 ///
 ///  - `ready_now()`: can it go on without waiting? Bounded, so that a coroutine that always finds something still lets
 ///    its neighbours have their turn.
 ///  - `look()`: the same for a waiter, which also looks at what happened to the peer.
+///  - `wait(place, waiter)`, `withdraw(hub, waiter)`: has the waiter completed when the operation can go on, or not any
+///    more. Operations that wait for several things, as those of `strait.select`, do this in their own way.
 ///  - `finish(ec)`: does it. A message leaves the ring only here, in the hands of whoever asked for it, so an operation
 ///    that is cancelled or destroyed while it waits has taken nothing.
 export namespace strait {
@@ -171,8 +173,14 @@ export template <class Operation, class Executor>
 class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
  public:
   explicit awaitable(Operation operation) noexcept : operation_{std::move(operation)} {}
+  /// The operation itself, for whoever makes it part of another before it is awaited.
+  [[nodiscard]] Operation take_operation() && noexcept { return std::move(operation_); }
   /// Moved only before it waits.
   awaitable(awaitable&& other) noexcept : operation_{std::move(other.operation_)} {}
+  /// The same operation for coroutines of another executor.
+  template <class Other>
+  explicit awaitable(awaitable<strait::awaited<Operation>, Other>&& other) noexcept
+      : operation_{std::move(other.operation_)} {}
   awaitable& operator=(awaitable&&) = delete;
   ~awaitable() {
     if (suspended_ != nullptr) [[unlikely]]
@@ -201,7 +209,6 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
       auto* waiting = ::new (static_cast<void*>(suspension_)) plain_suspension;
       waiting->self = this;
       waiting->awaiting = awaiting;
-      waiting->end = operation_.end();
       waiting->ready = [](strait::hub_waiter& waiter, bool alone) noexcept {
         return static_cast<plain_suspension&>(waiter).self->operation_.look(alone);
       };
@@ -213,13 +220,20 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
       static constexpr suspended_operations plain{
           .destroy =
               [](awaitable& self) noexcept {
-                auto* me = std::launder(reinterpret_cast<plain_suspension*>(self.suspension_));
-                if (me->owner != nullptr) me->owner->withdraw(*me);
+                if constexpr (requires { self.operation_.forsake(); }) {
+                  self.operation_.forsake();
+                } else {
+                  auto* me = std::launder(reinterpret_cast<plain_suspension*>(self.suspension_));
+                  if (me->owner != nullptr) me->owner->withdraw(*me);
+                }
               },
           .resume = nullptr};  // not suspended any more when it resumes
       suspended_ = &plain;
-      // From here on another thread may resume us: nothing of this object is touched after.
-      hub->wait(*waiting);
+      // When it waits another thread may resume us: nothing of this object is touched after.
+      if (!operation_.wait(strait::wait_place{*hub}, *waiting)) {
+        suspended_ = nullptr;
+        return false;
+      }
     }
     return true;
   }
@@ -237,6 +251,8 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
 
  private:
   friend struct strait::asio_suspension<Operation, Executor>;
+  template <typename T, typename Other>
+  friend class asio::awaitable;
 
   struct plain_suspension : strait::hub_waiter {
     awaitable* self = nullptr;
@@ -273,12 +289,12 @@ namespace strait {
 [[gnu::cold]] void report(news why, std::error_code* error, const std::string& channel);
 
 /// Errors of an operation are thrown ...
-struct errors_thrown {
+export struct errors_thrown {
   static constexpr bool set = false;
   static constexpr std::error_code* code = nullptr;
 };
 /// ... or set. Two types, so that the throwing form, which is on everybody's path, carries no pointer.
-struct errors_set {
+export struct errors_set {
   static constexpr bool set = true;
   std::error_code* code;
 };
@@ -307,17 +323,34 @@ class operation_base {
     }
   }
 
-  /// Ends it without having done anything more, for a reason that is not the channel's.
+  /// Ends it without having done anything more, for a reason that is not the channel's: thrown or set.
   auto finish_cancelled(std::error_code why) {
     auto& self = static_cast<Derived&>(*this);
-    *errors_.code = why;
-    news none = news::none;
-    if constexpr (requires { self.sent(); }) {
-      return self.sent();
+    using result = decltype(self.finish(std::declval<news&>()));
+    if constexpr (!Errors::set) {
+      throw std::system_error{why, self.end_name()};
+      return result();
     } else {
-      return decltype(self.finish(none))();
+      *errors_.code = why;
+      if constexpr (requires { self.sent(); }) {
+        return self.sent();
+      } else {
+        return result();
+      }
     }
   }
+
+  /// Has `waiter` completed, in a turn, when the operation can go on; its `ready` is the operation's `look`. False: it can
+  /// go on already, and nobody waits.
+  bool wait(const wait_place& place, hub_waiter& waiter) noexcept {
+    auto& self = static_cast<Derived&>(*this);
+    if constexpr (requires { self.wait_begins(); }) self.wait_begins();
+    waiter.end = self.end();
+    place.where.wait(waiter);
+    return true;
+  }
+  /// False: the waiter does not wait any more, it is being completed or was.
+  bool withdraw(hub& where, hub_waiter& waiter) noexcept { return where.withdraw(waiter); }
 
  private:
   [[no_unique_address]] Errors errors_;
@@ -615,8 +648,7 @@ class sender {
     ending_ = end_->look_at_peer(lane_.tail());
     if (ending_ != news::none || lane_.known_room() != 0 || lane_.look() != 0) return true;
     if (!lane_.corrupt()) return false;
-    end_->poison();
-    ending_ = news::corrupt;
+    ending_ = end_->poison();
     return true;
   }
 
@@ -748,6 +780,7 @@ class receiver {
     using operation_base<recv_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
     [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
+    void wait_begins() const noexcept { receiver_->hub_looks_ = 0; }
     [[gnu::always_inline]] std::optional<T> finish(news& why) {
       if (receiver_->lane_.known() == 0) [[unlikely]] {
         receiver_->take_ending(why);
@@ -771,6 +804,7 @@ class receiver {
     using operation_base<recv_many_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept { return receiver_->batch_ready_now(); }
     [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
+    void wait_begins() const noexcept { receiver_->hub_looks_ = 0; }
     std::size_t finish(news& why) {
       std::size_t taken = 0;
       while (taken < into_.size()) {
@@ -805,6 +839,7 @@ class receiver {
     using operation_base<peek_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept { return receiver_->batch_ready_now(); }
     [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
+    void wait_begins() const noexcept { receiver_->hub_looks_ = 0; }
     std::span<const T> finish(news& why) {
       if (receiver_->lane_.known() == 0) receiver_->take_ending(why);
       return receiver_->span();
@@ -827,8 +862,7 @@ class receiver {
   receiver(receiver&& other) noexcept { *this = std::move(other); }
   receiver& operator=(receiver&& other) noexcept {
     if (this == &other) return *this;
-    // Not in the child of a fork: its copy of the cursor would take the lane back to where it was then.
-    if (end_ && lane_.release_pending() && !end_->inherited()) lane_.publish_head();
+    if (end_ && lane_.release_pending()) lane_.publish_head();
     lane_ = std::exchange(other.lane_, {});
     slots_ = std::exchange(other.slots_, nullptr);
     gather_ = other.gather_;
@@ -964,10 +998,10 @@ class receiver {
 
   /// A waiter's look, from the hub.
   bool look_for_hub(bool alone) noexcept {
-    if (!alone) return look(false);
     ++hub_looks_;
-    if (!look(true)) return false;
-    linger_.hub_found(std::exchange(hub_looks_, 0));
+    if (!look(alone)) return false;
+    // Beside others a look tells nothing of how near the message was.
+    if (alone) linger_.hub_found(hub_looks_);
     return true;
   }
 
@@ -1018,8 +1052,7 @@ class receiver {
   }
 
   bool corrupt() noexcept {
-    end_->poison();
-    ending_ = news::corrupt;
+    ending_ = end_->poison();
     return true;
   }
 

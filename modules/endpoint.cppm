@@ -64,8 +64,11 @@ struct channel_options {
   /// The longest spin before this end parks, unless `wait` is `busy` or `park`.
   std::chrono::nanoseconds longest_spin = std::chrono::microseconds{50};
   open_mode open = open_mode::open_or_create;
-  /// Permissions of a segment that is created.
+  /// How long `open_mode::open` waits for the channel to be made. Default: not at all.
+  std::chrono::milliseconds patience{0};
+  /// Permissions of a segment that is created, and the group that it is given to. Default: the creator's.
   unsigned mode = 0600;
+  std::optional<unsigned> group = std::nullopt;
   ordering order = ordering::automatic;
   /// What kind of pages to have. Where they are not to be had, others do; `explain` tells.
   page_kind pages = page_kind::automatic;
@@ -83,6 +86,9 @@ struct message_shape {
   std::uint32_t bytes = 0;
   std::uint32_t alignment = 0;
 };
+
+/// As error messages tell it: `type "Order" version 1 of 24 bytes aligned to 8`.
+[[nodiscard]] std::string describe(const message_shape& shape);
 
 /// One end's entry in the segment.
 struct end_entry {
@@ -149,7 +155,7 @@ static_assert(sizeof(segment_header) == 7 * line_padding);
 static_assert(offsetof(segment_header, ends) == line_padding);
 
 /// Why a wait ends without a message or room.
-enum class news : std::uint8_t { none, closed, died, corrupt };
+enum class news : std::uint8_t { none, closed, died, corrupt, inherited };
 
 [[nodiscard]] constexpr errc to_errc(news n) noexcept {
   switch (n) {
@@ -157,6 +163,8 @@ enum class news : std::uint8_t { none, closed, died, corrupt };
       return errc::peer_died;
     case news::corrupt:
       return errc::corrupt;
+    case news::inherited:
+      return errc::inherited;
     default:
       return errc::closed;
   }
@@ -170,6 +178,8 @@ enum class bell_kind : std::uint8_t {
   futex,
   /// A hub sleeps in its reactor; the peer writes its eventfd.
   eventfd,
+  /// A hub sleeps in its reactor; the peer, which is not trusted with an eventfd, sends over the connection.
+  line,
   /// A hub sleeps in its reactor, and a helper thread on the word in its place, because the peer does not have the eventfd.
   relay,
 };
@@ -181,6 +191,8 @@ enum class bell_kind : std::uint8_t {
       return "futex";
     case bell_kind::eventfd:
       return "eventfd";
+    case bell_kind::line:
+      return "line";
     case bell_kind::relay:
       return "relay";
   }
@@ -233,10 +245,39 @@ class endpoint final : private process_watcher {
  public:
   /// Enters the named channel, creating it where the options say so.
   ///
-  /// Waits: parks while another end is entering or leaving. Allocates: the segment when it is created. Errors: see
+  /// Waits: parks while another end is entering or leaving; as long as `patience` says for a channel that is to be
+  /// opened. Allocates: the segment when it is created. Errors: see
   /// `errc` and `open_segment`; nothing is changed in a segment that is refused. Complexity: system calls.
   [[nodiscard]] static std::unique_ptr<endpoint> open(role mine, std::string_view name, const message_shape& shape,
                                                       const channel_options& options);
+
+  /// An end in memory that is handed over, and that memory, for the peer.
+  struct to_hand_over {
+    std::unique_ptr<endpoint> end;
+    unshared_descriptor memory;
+  };
+
+  /// Makes a channel for a peer that the caller has at the other end of a socket, in sealed memory of its own, and enters
+  /// it. `take_line` must follow when the peer has entered, too. `barrier`: whether that granted `membarrier` to itself.
+  ///
+  /// Waits: never. Allocates: the segment. Errors: `bad_capacity`, and those of `make_sealed_segment`. Complexity:
+  /// touching the memory.
+  [[nodiscard]] static to_hand_over make_handed_over(role mine, const memory_name& name, const message_shape& shape,
+                                                     const channel_options& options, bool barrier);
+
+  /// Enters a channel in memory that was handed over; nothing about it is believed. `take_line` must follow.
+  ///
+  /// Waits: never. Allocates: the mapping. Errors: those of `enter_sealed_segment`, `type_mismatch`, `layout_mismatch`,
+  /// `no_barrier`, `end_in_use`. Complexity: touching the memory.
+  [[nodiscard]] static std::unique_ptr<endpoint> enter_handed_over(role mine, const memory_name& name, int memory,
+                                                                   const message_shape& shape,
+                                                                   const channel_options& options);
+
+  /// The connection by which this end and its peer ring each other, and whose end is the reason to look whether the peer
+  /// died. For ends in memory that was handed over: both of them are in now.
+  ///
+  /// Waits: never. Allocates: a little. Errors: `std::system_error` when no thread is to be had. Complexity: constant.
+  void take_line(unshared_descriptor line);
 
   /// Destroys the messages that were sent and never taken; called by the last end of a private channel.
   using destroy_messages = void (*)(std::byte* slots, std::uint64_t mask, std::uint64_t head,
@@ -272,6 +313,9 @@ class endpoint final : private process_watcher {
   ///
   /// Waits: never. Allocates: the first time for each peer process. Complexity: a few loads of lines that rarely change.
   [[nodiscard]] inline news look_at_peer(std::uint64_t position) noexcept {
+    // acquire: pairs with the release in look_at_line_end.
+    if (const news fate = fate_.load(std::memory_order_acquire); fate != news::none) [[unlikely]]
+      return settled(fate);
     const end_entry& them = peer();
     if (memory_to_follow_) [[unlikely]]
       fetch_memory();
@@ -314,17 +358,21 @@ class endpoint final : private process_watcher {
   inline void death_reported() noexcept {
     // acquire: as in look_at_peer.
     death_seen_ = peer().last_death.load(std::memory_order_acquire);
+    death_told_ = true;
   }
 
   /// Whether this process is a child, made by fork, of the one that opened this end in a named segment: then the end is
-  /// the parent's, and nothing may be written to the segment in its name.
+  /// the parent's, and what lies where the segment was is a copy with cursors that cannot be.
   [[nodiscard]] inline bool inherited() const noexcept { return entered_ && fork_generation_ != fork_generation(); }
 
-  /// An impossible value was found in shared memory: nobody can use the channel any more.
-  void poison() noexcept;
+  /// An impossible value was found in shared memory: nobody can use the channel any more. Returns the news of that,
+  /// which is another one where this end was inherited.
+  news poison() noexcept;
 
   /// Whether the peer closed, or the channel is poisoned.
   [[nodiscard]] inline bool peer_closed() const noexcept {
+    if (const news fate = fate_.load(std::memory_order_acquire); fate != news::none) [[unlikely]]
+      return settled(fate) != news::died;
     // acquire: the caller may go on to look at the lane for what came before.
     return static_cast<presence>(peer().presence.load(std::memory_order_acquire)) == presence::closed ||
            header_->poisoned.load(std::memory_order_acquire) != 0;
@@ -366,13 +414,19 @@ class endpoint final : private process_watcher {
   /// because a handle may be made on one thread and used on another.
   [[gnu::cold]] void fetch_memory() noexcept;
   [[nodiscard]] mapping& memory() noexcept;
-  [[gnu::cold]] news found_rubbish() noexcept {
-    poison();
-    return news::corrupt;
-  }
   /// Notes that the owner goes to sleep, and where.
   void count_park(bell_kind bell) noexcept;
+  [[gnu::cold]] news found_rubbish() noexcept { return poison(); }
   bool look() noexcept override;
+  bool look_at_line_end() noexcept;
+  void wake_own_waiter() noexcept;
+  void hold(process_identity process) noexcept;
+  void enter_handed_over_memory();
+  void keep_from_children();
+  /// What there is to tell of an end for which nobody comes any more: a death once, and then that it is closed.
+  [[nodiscard]] inline news settled(news fate) const noexcept {
+    return fate == news::died && death_told_ ? news::closed : fate;
+  }
   void close() noexcept;
 
   // Read on the path of each message that found its peer not awake, and at each look at an empty lane.
@@ -384,10 +438,14 @@ class endpoint final : private process_watcher {
   std::uint32_t slots_offset_ = 0;
   std::uint32_t death_seen_ = 0;
   std::atomic<std::uint32_t> watched_incarnation_{0};
-  /// Whether this end holds a role in a named segment: only there can a peer die.
+  /// Whether this end holds a role in a segment that another process shares: only there can a peer die.
   bool entered_ = false;
   /// Whether the memory is yet to be moved to where this end runs.
   bool memory_to_follow_ = false;
+  /// How it ended for good, where nobody replaces a peer: in memory that was handed over. Written by the sentry, or by
+  /// this end when it found an impossible value; kept here, because the peer may write what it likes to the segment.
+  std::atomic<news> fate_{news::none};
+  bool death_told_ = false;
   store_load barrier_ = store_load::by_fence;
 
   wait_policy policy_ = wait_policy::adaptive;
@@ -396,17 +454,23 @@ class endpoint final : private process_watcher {
 
   std::uint32_t message_bytes_ = 0;
 
-  // The named segment.
+  // The segment that another process shares.
   std::string text_;
   memory_name name_;
   segment segment_;
   std::uint32_t fork_generation_ = 0;
+  /// The bell of the hub that waited last. The sentry reads it; the copy in the segment is for the peer.
+  std::atomic<std::uint64_t> bell_{0};
+  /// In memory that was handed over: the connection to the peer, and the bell that it rings. The locks go first: the end
+  /// of the line is the peer's reason to look at them.
+  unshared_descriptor line_;
+  std::uint64_t attended_by_ = 0;
   /// The peer that was alive when the hub announced itself, and so has its doorbell.
   std::uint32_t announced_to_ = 0;
   std::unique_ptr<futex_relay> relay_;
   std::uint64_t relay_doorbell_ = 0;
   bool hub_waits_on_futex_ = false;
-  bell_kind bell_ = bell_kind::none;
+  bell_kind woken_by_ = bell_kind::none;
 
   std::shared_ptr<private_channel> private_;
 };
@@ -459,6 +523,9 @@ enum class channel_condition : std::uint8_t {
   live,
   /// A whole segment in which nobody lives: what a crash left, or messages for a receiver that has yet to come.
   stale,
+  /// What was left by somebody who died while making or removing it, or of whose halves one was removed: there is
+  /// nothing in it, and whoever comes next clears it away.
+  unfinished,
   /// A segment of ours that is cut short, or whose fields do not agree with each other.
   damaged,
   /// A segment of another layout version of strait: nothing else is known of it, and it is never touched.
@@ -472,6 +539,8 @@ enum class channel_condition : std::uint8_t {
       return "live";
     case channel_condition::stale:
       return "stale";
+    case channel_condition::unfinished:
+      return "unfinished";
     case channel_condition::damaged:
       return "damaged";
     case channel_condition::other_version:
@@ -544,14 +613,14 @@ struct channel_state {
 /// vanishes while we look; a file that this user may not read and that is large enough to be a channel is listed.
 ///
 /// Waits: never. Cancel safety: nothing to cancel. Allocates: the result. Errors: the errno of the failing call when the
-/// names cannot be had. Complexity: a few system calls for each file in /dev/shm.
+/// names cannot be had. Complexity: a few system calls for each file in /dev/shm and each System V segment.
 [[nodiscard]] std::vector<channel_state> list_channels();
 
 /// What `remove_channel` takes away.
 enum class removal : std::uint8_t {
   /// Any segment in which nobody lives.
   any,
-  /// Only what a crash left: a whole segment, and not one whose messages wait for a receiver that has yet to come.
+  /// Only what a crash left: a whole segment or an unfinished one, and not one whose messages wait for a receiver that has yet to come.
   leftover,
 };
 

@@ -41,6 +41,8 @@ enum class errc {
   /// This user may not read and write the segment, or not take a leftover's name away. Equals
   /// `std::errc::permission_denied`.
   no_permission,
+  /// This process is a child, made by fork, of the one that opened the end.
+  inherited,
 };
 
 /// The category of `errc`; its name is "strait".

@@ -56,7 +56,14 @@ struct hub_timer {
   std::size_t place = 0;
 };
 
-/// A coroutine that nobody awaits, and that the context destroys when it is destroyed itself.
+/// Where an operation waits.
+struct wait_place {
+  hub& where;
+  /// What Asio's operations are to complete on, a `const asio::any_io_executor*`; null: the hub's own executor.
+  const void* executor = nullptr;
+};
+
+/// What nobody awaits, a coroutine for instance, and what the context destroys when it is destroyed itself.
 struct hub_root {
   void (*destroy)(hub_root& self) noexcept = nullptr;
   hub_root* previous = nullptr;
@@ -92,6 +99,24 @@ class hub {
   /// Waits: for the slice of a turn that runs on another thread. Allocates: never. Complexity: logarithmic.
   virtual bool withdraw(hub_timer& timer) noexcept = 0;
 
+  /// While it lives, what waits on the hub changes by this thread only: no turn runs on another. So several waits begin
+  /// or end as one; within a turn it costs nothing. Nothing is completed meanwhile.
+  ///
+  /// Waits: for the slice of a turn that runs on another thread. Allocates: never. Complexity: constant.
+  class [[nodiscard]] visit {
+   public:
+    inline explicit visit(hub& of) noexcept : of_{of}, entered_{of.enter()} {}
+    inline ~visit() {
+      if (entered_) of_.leave();
+    }
+    visit(const visit&) = delete;
+    visit& operator=(const visit&) = delete;
+
+   private:
+    hub& of_;
+    bool entered_;
+  };
+
   /// Completes `waiter`, which is on no list, as the turn does: in place, and never beside a turn on another thread.
   /// For handlers of the hub's own context, on the thread that runs them.
   ///
@@ -108,7 +133,7 @@ class hub {
   /// No turn goes on after this; what waits stays waiting.
   virtual void stop() noexcept = 0;
 
-  /// A coroutine that nobody awaits lives from here ...
+  /// What nobody awaits lives from here ...
   virtual void add_root(hub_root& root) noexcept = 0;
   /// ... to here. `error`, if there is one, is thrown out of the context's `run()`.
   virtual void remove_root(hub_root& root, std::exception_ptr error) noexcept = 0;
@@ -116,6 +141,11 @@ class hub {
  protected:
   hub() = default;
   ~hub() = default;
+
+ private:
+  /// For `visit`. False: this thread is within a turn or a visit already, and does not leave it.
+  virtual bool enter() noexcept = 0;
+  virtual void leave() noexcept = 0;
 };
 
 /// The hub that a coroutine waits on: that of its task, or that of this thread.
@@ -164,6 +194,42 @@ class [[nodiscard]] sleep_operation {
   };
   sleeper timer_;
 };
+
+/// Gives the others their turn. What `yield` returns.
+class [[nodiscard]] yield_operation {
+ public:
+  yield_operation() = default;
+  /// Moved only before it waits.
+  inline yield_operation(yield_operation&&) noexcept {}
+  yield_operation& operator=(yield_operation&&) = delete;
+  inline ~yield_operation() {
+    if (turn_.owner != nullptr) turn_.owner->withdraw(turn_);
+  }
+
+  [[nodiscard]] inline bool await_ready() const noexcept { return false; }
+  template <class Promise>
+  void await_suspend(std::coroutine_handle<Promise> awaiting) {
+    turn_.awaiting = awaiting;
+    turn_.ready = [](hub_waiter&, bool) noexcept { return true; };
+    turn_.complete = [](hub_waiter& waiter) { static_cast<next_turn&>(waiter).awaiting.resume(); };
+    hub_to_wait_on(awaiting).wait(turn_);
+  }
+  inline void await_resume() const noexcept {}
+
+ private:
+  struct next_turn : hub_waiter {
+    std::coroutine_handle<> awaiting;
+  };
+  next_turn turn_;
+};
+
+/// Lets everybody else on this hub who is ready have their turn, and goes on. To be awaited; yields nothing.
+///
+/// Waits: for the turns of the others. Cancel safety: destroying the coroutine ends the wait. Allocates: never. Errors:
+/// `no_hub` in a coroutine that is neither a `task` nor on a thread of strait's. Complexity: constant.
+[[nodiscard]] inline yield_operation yield() noexcept {
+  return {};
+}
 
 /// A length in nanoseconds, rounded up; from 0 to what `longest` is where it is less or more than that.
 template <class Rep, class Period>

@@ -23,6 +23,9 @@ export module strait.memory;
 ///  - An end is alive as long as it holds the lock on its byte. The lock belongs to an open file description of its own
 ///    (an OFD lock), which dies with the process and with nothing else.
 ///  - Entering and leaving are one at a time: who holds the lock on the first byte, the gate, may do either.
+///
+/// A System V segment is no file and can be neither made without a name nor locked. It gets a *companion*, a small file
+/// that comes to be as any segment does and carries the locks; the segment itself is made, and removed, under its gate.
 export namespace strait {
 
 enum class memory_scheme : std::uint8_t {
@@ -30,25 +33,30 @@ enum class memory_scheme : std::uint8_t {
   private_memory,
   /// A file in /dev/shm, as `shm_open` makes it.
   posix,
+  /// System V shared memory (shmget), with its locks on a companion file in /dev/shm.
+  system_v,
   /// A file of the user's, at any path: it outlives its ends and the machine's reboot.
   file,
+  /// A sealed memfd that is handed over a Unix socket: it has no name, and the socket's is what people call it by.
+  handed_over,
 };
 
 /// A channel's name, taken apart.
 struct memory_name {
   memory_scheme scheme = memory_scheme::posix;
-  /// What stands behind the scheme: a name in /dev/shm, or a path.
+  /// What stands behind the scheme: a name, a path, or the name of a socket behind an '@'.
   std::string name;
   /// As the user would write it: `posix:orders`.
   [[nodiscard]] std::string text() const;
-  /// Where its file is: `/dev/shm/orders`; empty for private memory.
+  /// Where the file is that carries its locks: `/dev/shm/orders`, for System V that of its companion; empty for memory
+  /// that has no name.
   [[nodiscard]] std::string path() const;
   /// Whether the segment stays when its last end leaves, and is then the user's: never removed, never replaced.
   [[nodiscard]] bool outlives_its_ends() const noexcept;
 };
 
-/// Takes `posix:orders` apart; no scheme means `posix:`. A relative path of `file:` is completed with the working
-/// directory, so that it goes on to mean the same file.
+/// Takes `posix:orders` apart; no scheme means `posix:`. A relative path of `file:` or `unix:` is completed with the
+/// working directory, so that it goes on to mean the same file.
 ///
 /// Waits: never. Allocates: the name. Errors: `unknown_scheme`, `bad_name`. Complexity: linear in the text.
 [[nodiscard]] memory_name parse_memory_name(std::string_view text);
@@ -59,7 +67,7 @@ enum class open_mode : std::uint8_t {
   open_or_create,
   /// Creates it; an error when it is there.
   create,
-  /// Opens what is there; an error when there is nothing.
+  /// Opens what is there; an error when there is nothing, or still nothing when the patience has come to its end.
   open,
 };
 
@@ -145,6 +153,9 @@ class mapping {
   /// caller's open file description, so that locks on that end when its descriptor is closed.
   [[nodiscard]] static mapping of_file(int descriptor, std::size_t bytes, const page_wishes& wishes,
                                        const std::string& what);
+  /// The first `bytes` of a System V segment, writable; its pages are yet to be furnished.
+  [[nodiscard]] static mapping of_system_v(int identifier, std::size_t bytes, const page_wishes& wishes,
+                                           const std::string& what);
   inline mapping(mapping&& other) noexcept { *this = std::move(other); }
   inline mapping& operator=(mapping&& other) noexcept {
     std::swap(data_, other.data_);
@@ -181,15 +192,52 @@ class mapping {
   /// linear.
   [[nodiscard]] page_report report() const;
 
+  /// From now on a child made by fork has memory of its own in this place: whatever it writes here, nobody else sees. It
+  /// holds the first `bytes` (4096 at most) as they were, with the changes that `change` makes, and zeros behind them.
+  ///
+  /// Waits: never. Allocates: an entry in a list. Errors: `std::bad_alloc`. Complexity: logarithmic in such mappings.
+  void keep_from_children(std::size_t bytes, void (*change)(std::byte* data) noexcept);
+
  private:
   /// Maps `extent` bytes at a multiple of `align`, or anywhere (0). On failure nothing is mapped, and errno tells why.
   void map(std::size_t bytes, std::size_t extent, std::size_t align, int flags, int descriptor) noexcept;
 
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0;
-  /// What is mapped: whole pages.
+  /// What is mapped: whole pages. A System V segment is attached whole, and is longer than was asked for.
   std::size_t extent_ = 0;
   std::string shortfall_;
+};
+
+/// Holds off every fork while it lives, so that a child never has a descriptor that nobody knows of. No descriptor of the
+/// kind below may be closed meanwhile.
+class [[nodiscard]] fork_pause {
+ public:
+  fork_pause();
+  ~fork_pause();
+  fork_pause(const fork_pause&) = delete;
+  fork_pause& operator=(const fork_pause&) = delete;
+};
+
+/// A descriptor of this process alone: closed by the destructor, and in every child made by fork. What the kernel ends
+/// with the last copy of a descriptor, as a lock or a connection, then ends with this process.
+class unshared_descriptor {
+ public:
+  unshared_descriptor() = default;
+  /// Takes over what was opened during the pause; a negative number is none, and errno stays as it is.
+  unshared_descriptor(const fork_pause& pause, int opened);
+  inline unshared_descriptor(unshared_descriptor&& other) noexcept : value_{std::exchange(other.value_, -1)} {}
+  inline unshared_descriptor& operator=(unshared_descriptor&& other) noexcept {
+    std::swap(value_, other.value_);
+    return *this;
+  }
+  ~unshared_descriptor();
+
+  [[nodiscard]] inline int get() const noexcept { return value_; }
+  explicit inline operator bool() const noexcept { return value_ >= 0; }
+
+ private:
+  int value_ = -1;
 };
 
 /// Locks on single bytes of a file that belong to one open file description: dropped by the kernel when the process
@@ -197,15 +245,10 @@ class mapping {
 class file_locks {
  public:
   file_locks() = default;
-  /// Opens the file; no descriptor, and errno set, when it cannot. No fork comes between the opening and the entry in the
-  /// list of what a child closes: a child that kept the descriptor would keep the locks after our death.
+  /// Opens the file; no descriptor, and errno set, when it cannot. The destructor drops all locks.
   file_locks(const char* path, int flags, unsigned mode);
-  file_locks(file_locks&& other) noexcept;
-  file_locks& operator=(file_locks&& other) noexcept;
-  /// Drops all locks.
-  ~file_locks();
 
-  [[nodiscard]] inline int descriptor() const noexcept { return descriptor_; }
+  [[nodiscard]] inline int descriptor() const noexcept { return descriptor_.get(); }
   /// False when another description holds the byte.
   [[nodiscard]] bool try_lock(std::uint64_t byte) noexcept;
   /// Waits: parks in the kernel until the byte is free.
@@ -217,9 +260,11 @@ class file_locks {
   void unlock(std::uint64_t byte) noexcept;
   /// Whether another description holds the byte.
   [[nodiscard]] bool held_by_other(std::uint64_t byte) const noexcept;
+  /// Whether another description holds any byte behind the gate: somebody lives in the segment.
+  [[nodiscard]] bool inhabited_by_other() const noexcept;
 
  private:
-  int descriptor_ = -1;
+  unshared_descriptor descriptor_;
 };
 
 /// The byte whose lock is the gate: entering, leaving and declaring dead happen one at a time.
@@ -252,6 +297,8 @@ struct segment {
 struct segment_plan {
   std::size_t bytes = 0;
   unsigned mode = 0600;
+  /// The group that it is given to; the creator's own otherwise.
+  std::optional<unsigned> group;
   /// Its `node` counts where the segment is created.
   page_wishes pages;
   /// Writes the first contents; everything else is zero.
@@ -267,32 +314,62 @@ enum class verdict : std::uint8_t {
   replace,
 };
 
-/// Opens or creates a named segment and returns with its gate held.
+/// Opens or creates a named segment and returns with its gate held. Where there is nothing to be opened, that is an error
+/// from `deadline` on.
 ///
 /// `examine` is called with the gate held, the first `min(size, header_bytes)` bytes of the file and the file's size; it
 /// throws, naming both sides, when the segment is not ours to enter. `bytes_to_map` is called with the same bytes, once
 /// before the gate is taken, to see that this is a segment at all, and once to tell how many bytes to map.
 ///
-/// Waits: parks while another end is entering or leaving. Allocates: the segment. Errors: `no_space`, `no_permission`,
-/// `foreign_segment` for what is no file, what `examine` throws, or the errno of the failing call. Complexity: a dozen system calls; touching the pages dominates.
-[[nodiscard]] segment open_segment(const memory_name& name, open_mode mode, const segment_plan& plan,
+/// Waits: parks while another end is entering or leaving; until the deadline, looking again each millisecond, for what is
+/// to be opened. Allocates: the segment. Errors: `no_space`, `no_permission`, `foreign_segment` for what is no file,
+/// `end_in_use` for a System V segment that was removed from under its ends, what `examine` throws, or the errno of the
+/// failing call. Complexity: a dozen system calls; touching the pages dominates.
+[[nodiscard]] segment open_segment(const memory_name& name, open_mode mode,
+                                   std::chrono::steady_clock::time_point deadline, const segment_plan& plan,
                                    std::size_t header_bytes,
                                    const std::function<verdict(std::span<const std::byte> header, std::uint64_t size,
                                                                const file_locks& locks)>& examine,
                                    const std::function<std::size_t(std::span<const std::byte> header)>& bytes_to_map);
 
-/// Takes the name away if it still names the segment behind `locks`. The gate must be held.
+/// Takes the name away if it still names the segment behind `locks`, and a System V segment with it. The gate must be
+/// held.
 void remove_name(const memory_name& name, const file_locks& locks) noexcept;
 
-/// A file where named segments lie.
+/// Makes the memory of a channel that is to be handed over: a memfd, really allocated, filled, and then sealed against
+/// shrinking, growing and further seals, so that whoever maps it can rely on its size. `name` is what /proc shows of it.
+///
+/// The returned segment has an open file description of its own for its locks; `to_hand_over` is what the peer is given,
+/// and is not needed here afterwards.
+///
+/// Waits: never. Allocates: the segment. Errors: `no_space`, or the errno of the failing call (ENOENT: no /proc).
+/// Complexity: a dozen system calls; touching the pages dominates.
+[[nodiscard]] segment make_sealed_segment(const memory_name& name, const segment_plan& plan,
+                                          unshared_descriptor& to_hand_over);
+
+/// Maps memory that a peer handed over, of which nothing is believed: it must be a memfd that is sealed as
+/// `make_sealed_segment` does it and really allocated, so that no access to it can fault, and as long as `bytes_to_map`
+/// says, or as the huge pages that hold so much. That is called with the first `header_bytes` bytes, and throws when they do not begin a channel that fits.
+///
+/// Waits: never. Allocates: the mapping. Errors: `foreign_segment` for any other kind of descriptor, `truncated_segment`
+/// and `layout_mismatch` for a size or an allocation that does not fit the header, what `bytes_to_map` throws, or the
+/// errno of the failing call. Complexity: half a dozen system calls; touching the pages dominates.
+[[nodiscard]] segment enter_sealed_segment(
+    const memory_name& name, int handed_over, std::size_t header_bytes,
+    const std::function<std::size_t(std::span<const std::byte> header)>& bytes_to_map, page_wishes wishes);
+
+/// Something that may be a named segment.
 struct named_file {
   memory_name name;
+  /// Of the file, which for System V is the companion.
   std::uint64_t size = 0;
 };
 
-/// Every file that may be a named segment, by name.
+/// Everything that may be a named segment, by name: the files in /dev/shm, the System V segments whose companion is gone,
+/// and those files elsewhere that a process which this user may look into holds a lock on.
 ///
-/// Waits: never. Allocates: the names. Errors: the errno of the failing call. Complexity: a system call a file.
+/// Waits: never. Allocates: the names. Errors: the errno of the failing call. Complexity: a system call a file, and two
+/// for each descriptor of those processes.
 [[nodiscard]] std::vector<named_file> named_files();
 
 /// A named segment that is looked at and not entered.
@@ -305,6 +382,8 @@ struct segment_look {
   std::uint64_t size = 0;
   /// Whether somebody else was entering or leaving before anything else was looked at.
   bool gate_held = false;
+  /// It has its name too early: somebody is making it, or died of it, or only half of it is left. There is no header.
+  bool unfinished = false;
 };
 
 /// Looks at what is under the name, changing nothing.
@@ -321,5 +400,57 @@ struct segment_look {
 /// the failing call. Complexity: a dozen system calls.
 void remove_segment(const memory_name& name, std::size_t header_bytes,
                     const std::function<void(const segment_look& look)>& examine);
+
+}  // namespace strait
+
+// Of this room alone.
+namespace strait {
+
+/// Has the pages come from that node, if it has any left.
+/// How long a file is that holds so many bytes: huge pages must lie in it as a whole.
+[[nodiscard]] std::size_t file_bytes(int descriptor, std::size_t bytes, const page_wishes& wishes);
+
+/// What the kernel has for a System V channel.
+struct system_v_segment {
+  int identifier = -1;
+  /// Without the label at its end.
+  std::uint64_t bytes = 0;
+  /// How many have it attached, looking on included.
+  std::uint64_t attached = 0;
+  /// Whether its creator came to the end.
+  bool finished = false;
+};
+
+/// What stands in a companion. Written before it has a name, and never again.
+struct system_v_companion {
+  std::uint64_t magic = expected_magic;
+  /// Of the segment, its label included: a segment of this length without a label is what a creator left that died.
+  std::uint64_t segment_bytes = 0;
+  /// The IPC namespace in which the key was given, as its inode; 0 where /proc does not tell.
+  std::uint64_t ipc_namespace = 0;
+
+  static constexpr std::uint64_t expected_magic = 0x5354'5241'4954'0b00;  // "STRAIT\v\0"
+  /// For a segment of so many bytes, in this namespace.
+  [[nodiscard]] static system_v_companion of(std::uint64_t bytes);
+};
+
+/// Looks for the segment under the name's key. Throws `foreign_segment` when the one there is not this channel's.
+/// `owner` is whose the companion is, where there was one before.
+[[nodiscard]] std::optional<system_v_segment> find_system_v(const memory_name& name,
+                                                            const system_v_companion& companion,
+                                                            std::optional<unsigned> owner);
+
+/// Makes it. A death before the end leaves an unfinished one. The companion's gate must be held.
+[[nodiscard]] mapping make_system_v(const memory_name& name, const segment_plan& plan);
+
+/// Takes it away; those who have it attached keep it. Returns an errno, or 0; that it is gone already is no error.
+[[nodiscard]] int remove_system_v(const system_v_segment& segment) noexcept;
+
+/// Copies its beginning: as much as fits and is there.
+[[nodiscard]] std::size_t read_system_v(const memory_name& name, const system_v_segment& segment,
+                                        std::span<std::byte> into);
+
+/// The names on the labels of all segments that this user may read and whose companions are to be in our /dev/shm.
+[[nodiscard]] std::vector<std::string> labelled_system_v();
 
 }  // namespace strait

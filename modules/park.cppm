@@ -230,11 +230,37 @@ class doorbell {
   /// A duplicate of that bell's descriptor, to be sent to another process; -1 when it is gone.
   [[nodiscard]] static int duplicate(std::uint64_t number) noexcept;
 
+  // A peer that is not trusted is given no eventfd: it could fill it and have our own ringers block, or swap what is
+  // behind it. It rings by a byte on a connection to it, the *line*. A line that is readable counts as a ring.
+
+  /// From now on `line` rings the bell of that number, until `leave` or the line's end, of which it rings once.
+  ///
+  /// Waits: never. Allocates: a descriptor, for the first line of each bell. Errors: `std::system_error` when none is to
+  /// be had. Complexity: one system call.
+  static void attend(std::uint64_t number, int line);
+  /// No longer. Before the line is closed; nothing happens when the bell is gone.
+  static void leave(std::uint64_t number, int line) noexcept;
+  /// Readable while a line is; -1 as long as there was none.
+  [[nodiscard]] inline int lines() const noexcept { return lines_; }
+  /// Takes what rang off the lines, one message of each: an honest peer sends one for each park, and one that sends more
+  /// wakes the hub again, at its own expense. The lanes are looked at after this.
+  void drain_lines() noexcept;
+
+  /// In the child of a fork, with the list locked: has every bell stand for an eventfd of the child's.
+  static void renew_all() noexcept;
+
  private:
   int descriptor_;
+  int lines_ = -1;
   std::uint64_t number_;
   bell_latch<> latch_;
 };
+
+/// Rings whoever waits at the other end of a line; see `doorbell::attend`.
+///
+/// Waits: never, whatever the peer does with its end: where the line is full nobody has read it, so the peer's hub does
+/// not sleep on it; where it has ended, the peer has left. Allocates: never. Complexity: one system call.
+void ring_line(int line) noexcept;
 
 /// A process as others find it: 128 random bits, drawn when it first opens a channel that others can enter. Process ids
 /// are for people to read; they are reused, and mean nothing in another PID namespace.
@@ -283,6 +309,10 @@ class process_watcher {
 /// Waits: never. Allocates: yes. Errors: `std::system_error` when no thread can be had. Complexity: constant after the
 /// first watcher of a process.
 void watch_process(process_identity process, process_watcher& watcher);
+
+/// The same for a process that is at the other end of `line`, a connected Unix socket, and for as long as `watcher`
+/// watches, which must end before the line is closed. What comes over the line is left there.
+void watch_line(int line, process_watcher& watcher);
 
 /// After this returns, `watcher` is not called any more.
 ///

@@ -10,4 +10,6 @@ export import strait.endpoint;
 export import strait.task;
 export import strait.hub;
 export import strait.channel;
+export import strait.door;
+export import strait.select;
 export import strait.runtime;

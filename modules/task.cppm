@@ -112,6 +112,7 @@ template <class T>
 class [[nodiscard]] task {
  public:
   using promise_type = task_promise<T>;
+  using value_type = T;
 
   task(task&& other) noexcept : frame_{std::exchange(other.frame_, nullptr)} {}
   task& operator=(task&& other) noexcept {
@@ -314,9 +315,12 @@ class task_group {
   class [[nodiscard]] join_operation {
    public:
     explicit inline join_operation(task_siblings& siblings) noexcept : siblings_{&siblings} {}
-    join_operation(const join_operation&) = delete;
-    join_operation& operator=(const join_operation&) = delete;
-    inline ~join_operation() { siblings_->resume_when_settled(nullptr); }
+    /// Moved only before it is awaited.
+    inline join_operation(join_operation&& other) noexcept : siblings_{std::exchange(other.siblings_, nullptr)} {}
+    join_operation& operator=(join_operation&&) = delete;
+    inline ~join_operation() {
+      if (siblings_ != nullptr) siblings_->resume_when_settled(nullptr);
+    }
     [[nodiscard]] inline bool await_ready() const noexcept { return siblings_->settled(); }
     inline void await_suspend(std::coroutine_handle<> awaiting) const noexcept {
       siblings_->resume_when_settled(awaiting);

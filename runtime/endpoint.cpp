@@ -84,6 +84,17 @@ page_wishes wishes_of(const channel_options& options) noexcept {
   return {.node = options.node, .kind = options.pages, .prefault = options.prefault, .lock = options.lock};
 }
 
+/// The same for memory between processes. Without more rights the kernel moves only pages that one process alone has
+/// touched: a sender leaves them to the receiver until it writes to them. They are allocated all the same.
+page_wishes shared_wishes_of(role mine, const channel_options& options) {
+  page_wishes wishes = wishes_of(options);
+  if (mine == role::sender && !options.node && options.pages == page_kind::automatic && !options.lock &&
+      memory_nodes().size() > 1) {
+    wishes.prefault = false;
+  }
+  return wishes;
+}
+
 std::string quoted(std::string_view name) {
   return name.empty() ? "unnamed" : '"' + std::string{name} + '"';
 }
@@ -92,9 +103,14 @@ std::string_view name_in(const segment_header& header) {
   return {header.message_name, ::strnlen(header.message_name, sizeof header.message_name)};
 }
 
-std::string describe(std::string_view name, std::uint32_t version, std::uint32_t bytes, std::uint32_t alignment) {
-  return "type " + quoted(name) + " version " + std::to_string(version) + " of " + std::to_string(bytes) +
-         " bytes aligned to " + std::to_string(alignment);
+message_shape shape_in(const segment_header& header) {
+  return {name_in(header), header.message_version, header.message_bytes, header.message_alignment};
+}
+
+bool same_type(const segment_header& header, const message_shape& shape) {
+  return name_in(header) == shape.name.substr(0, sizeof header.message_name - 1) &&
+         header.message_version == shape.version && header.message_bytes == shape.bytes &&
+         header.message_alignment == shape.alignment;
 }
 
 /// Throws unless these bytes begin a whole segment of our layout. Returns how long it is.
@@ -175,6 +191,11 @@ bool declare_if_dead(segment_header& header, role who, const file_locks& locks) 
 
 }  // namespace
 
+std::string describe(const message_shape& shape) {
+  return "type " + quoted(shape.name) + " version " + std::to_string(shape.version) + " of " +
+         std::to_string(shape.bytes) + " bytes aligned to " + std::to_string(shape.alignment);
+}
+
 struct endpoint::private_channel {
   mapping memory;
   destroy_messages destroy = nullptr;
@@ -240,6 +261,11 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
   made->name_ = parse_memory_name(name);
   made->text_ = made->name_.text();
   const std::string& channel = made->text_;
+  if (made->name_.scheme == memory_scheme::handed_over) {
+    fail(errc::unknown_scheme, channel +
+                                   ": expected a channel that is opened by its name, found one that is handed over "
+                                   "by a strait::listener and reached with strait::connect");
+  }
   const std::uint64_t capacity = checked_capacity(channel, options.capacity, shape);
   const bool registered = register_barrier(store_load::by_machine_barrier);
   const auto barrier =
@@ -248,13 +274,8 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
   segment_plan plan;
   plan.bytes = slots_offset_for(shape.alignment) + capacity * shape.bytes;
   plan.mode = options.mode;
-  plan.pages = wishes_of(options);
-  // Without more rights the kernel moves only pages that one process alone has touched: a sender leaves them to the
-  // receiver until it writes to them. They are allocated all the same.
-  if (mine == role::sender && !options.node && options.pages == page_kind::automatic && !options.lock &&
-      memory_nodes().size() > 1) {
-    plan.pages.prefault = false;
-  }
+  plan.group = options.group;
+  plan.pages = shared_wishes_of(mine, options);
   plan.fill = [&](std::byte* memory) {
     fill_header(*::new (static_cast<void*>(memory)) segment_header{}, shape, capacity, barrier);
   };
@@ -285,12 +306,7 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     if (!sound) {
       return refuse(errc::corrupt, "a sound channel", "one that was poisoned by an impossible value");
     }
-    if (name_in(header) != shape.name.substr(0, sizeof header.message_name - 1) ||
-        header.message_version != shape.version || header.message_bytes != shape.bytes ||
-        header.message_alignment != shape.alignment) {
-      return refuse(errc::type_mismatch, describe(shape.name, shape.version, shape.bytes, shape.alignment),
-                    describe(name_in(header), header.message_version, header.message_bytes, header.message_alignment));
-    }
+    if (!same_type(header, shape)) return refuse(errc::type_mismatch, describe(shape), describe(shape_in(header)));
     if (options.capacity && header.capacity != capacity) {
       return refuse(errc::layout_mismatch, "a capacity of " + std::to_string(capacity) + " messages",
                     std::to_string(header.capacity));
@@ -322,7 +338,11 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
 
   // Now, because it may fail: later there would be a segment to be taken back.
   (void)this_process();
-  made->segment_ = open_segment(made->name_, options.open, plan, sizeof(segment_header), examine, bytes_to_map);
+  const auto now = std::chrono::steady_clock::now();
+  constexpr auto end_of_time = std::chrono::steady_clock::time_point::max();
+  const auto deadline = options.patience < end_of_time - now ? now + options.patience : end_of_time;
+  made->segment_ =
+      open_segment(made->name_, options.open, deadline, plan, sizeof(segment_header), examine, bytes_to_map);
   if (options.node && !made->segment_.created) {
     // Refused as when it is created, where there is no such node.
     made->segment_.map.ask_for_node(*options.node, channel);
@@ -335,7 +355,19 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
   }
   made->adopt(*std::launder(reinterpret_cast<segment_header*>(made->segment_.map.data())), checked, mine, options);
   made->enter(options.node);
+  made->keep_from_children();
   return made;
+}
+
+void endpoint::keep_from_children() {
+  // Whatever a child does with the handle that it inherits, it does not do it to the channel; and every operation that
+  // looks at the lane finds at once that it must not go on.
+  segment_.map.keep_from_children(sizeof(segment_header), [](std::byte* copy) noexcept {
+    auto& lane = std::launder(reinterpret_cast<segment_header*>(copy))->lane;
+    // relaxed: one thread. Whatever the other end's cursor, these are further away than any capacity.
+    lane.tail.fetch_xor(1ULL << 63U, std::memory_order_relaxed);
+    lane.head.fetch_xor(1ULL << 63U, std::memory_order_relaxed);
+  });
 }
 
 void endpoint::enter(std::optional<unsigned> node) {
@@ -360,35 +392,124 @@ void endpoint::enter(std::optional<unsigned> node) {
     them.doorbell.store(0, std::memory_order_relaxed);
     them.pid.store(0, std::memory_order_relaxed);
   }
-  const process_identity me = this_process();
-  const boot_identity boot = this_boot();
-  end_entry& mine = own();
-  // relaxed, all of them: the incarnation below releases them.
-  mine.boot_high.store(boot.high, std::memory_order_relaxed);
-  mine.boot_low.store(boot.low, std::memory_order_relaxed);
-  mine.process_high.store(me.high, std::memory_order_relaxed);
-  mine.process_low.store(me.low, std::memory_order_relaxed);
-  mine.doorbell.store(0, std::memory_order_relaxed);
-  mine.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);
-  mine.cpu.store(0, std::memory_order_relaxed);
+  hold(this_process());
+  // relaxed: ordered by the gate.
   if (node) header_->node_asked.store(*node + 1, std::memory_order_relaxed);
-  memory_to_follow_ =
-      role_ == role::receiver && memory_nodes().size() > 1 && header_->node_asked.load(std::memory_order_relaxed) == 0;
-  // release: pairs with the acquire in watch_peer and announce_hub, which must not take a number for the process that
-  // held the role before.
-  mine.incarnation.fetch_add(1, std::memory_order_release);
   // Whoever comes to a dead peer is told once, like a survivor.
   const std::uint32_t last_death = peer().last_death.load(std::memory_order_relaxed);
   const bool found_dead = static_cast<presence>(peer().presence.load(std::memory_order_relaxed)) == presence::dead;
   death_seen_ = found_dead ? last_death - 1 : last_death;
-  entered_ = true;
   // release: pairs with the acquire in look_at_peer.
-  mine.presence.store(static_cast<std::uint32_t>(presence::awake), std::memory_order_release);
+  own().presence.store(static_cast<std::uint32_t>(presence::awake), std::memory_order_release);
   // The peer may be waiting for somebody to come; it has to know whose lock to keep an eye on. The futex is woken whatever
   // its word says: whoever came before us may have been killed between taking the announcement back and ringing.
   ring(claim_ring(peer_word(), barrier_));
   futex_wake(peer_word());
   locks.unlock(gate_byte);
+}
+
+/// Writes whose this end is into its entry.
+void endpoint::hold(process_identity process) noexcept {
+  const boot_identity boot = this_boot();
+  end_entry& mine = own();
+  // relaxed, all of them: the incarnation below releases them.
+  mine.boot_high.store(boot.high, std::memory_order_relaxed);
+  mine.boot_low.store(boot.low, std::memory_order_relaxed);
+  mine.process_high.store(process.high, std::memory_order_relaxed);
+  mine.process_low.store(process.low, std::memory_order_relaxed);
+  mine.doorbell.store(0, std::memory_order_relaxed);
+  mine.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);
+  mine.cpu.store(0, std::memory_order_relaxed);
+  // release: pairs with the acquire in watch_peer and announce_hub, which must not take a number for the process that
+  // held the role before.
+  mine.incarnation.fetch_add(1, std::memory_order_release);
+  entered_ = true;
+}
+
+endpoint::to_hand_over endpoint::make_handed_over(role mine, const memory_name& name, const message_shape& shape,
+                                                  const channel_options& options, bool barrier) {
+  to_hand_over made{std::unique_ptr<endpoint>{new endpoint}, {}};
+  endpoint& end = *made.end;
+  end.name_ = name;
+  end.text_ = name.text();
+  const std::uint64_t capacity = checked_capacity(end.text_, options.capacity, shape);
+  const bool by_machine =
+      barrier && options.order == ordering::automatic && register_barrier(store_load::by_machine_barrier);
+  // What we go by: in the segment the peer may change it.
+  segment_header header{};
+  fill_header(header, shape, capacity, by_machine ? store_load::by_machine_barrier : store_load::by_fence);
+  segment_plan plan;
+  plan.bytes = header.segment_bytes;
+  plan.pages = shared_wishes_of(mine, options);
+  plan.fill = [&](std::byte* memory) {
+    auto& filled = *::new (static_cast<void*>(memory)) segment_header{};
+    fill_header(filled, shape, capacity, header.barrier);
+    // relaxed: nobody else has it yet.
+    filled.node_asked.store(options.node ? *options.node + 1 : 0, std::memory_order_relaxed);
+  };
+  end.segment_ = make_sealed_segment(name, plan, made.memory);
+  end.adopt(*std::launder(reinterpret_cast<segment_header*>(end.segment_.map.data())), header, mine, options);
+  end.enter_handed_over_memory();
+  return made;
+}
+
+std::unique_ptr<endpoint> endpoint::enter_handed_over(role mine, const memory_name& name, int memory,
+                                                      const message_shape& shape, const channel_options& options) {
+  std::unique_ptr<endpoint> made{new endpoint};
+  made->name_ = name;
+  made->text_ = name.text();
+  const std::string& channel = made->text_;
+  // The one copy that is checked and gone by: the peer can change what is in the segment at any time.
+  segment_header checked{};
+  made->segment_ = enter_sealed_segment(
+      name, memory, sizeof(segment_header),
+      [&](std::span<const std::byte> bytes) {
+        const std::size_t whole = checked_size(channel, bytes, checked);
+        if (!same_type(checked, shape)) {
+          fail(errc::type_mismatch,
+               channel + ": expected " + describe(shape) + ", found " + describe(shape_in(checked)));
+        }
+        if (options.capacity && checked.capacity != checked_capacity(channel, options.capacity, shape)) {
+          fail(errc::layout_mismatch, channel + ": expected a capacity of " + std::to_string(*options.capacity) +
+                                          " messages, found " + std::to_string(checked.capacity));
+        }
+        if (checked.barrier != store_load::by_fence) {
+          if (options.order == ordering::fence) {
+            fail(errc::layout_mismatch,
+                 channel + ": expected option order = fence, found order = automatic (membarrier)");
+          }
+          if (checked.barrier != store_load::by_machine_barrier || !register_barrier(store_load::by_machine_barrier)) {
+            fail(errc::no_barrier, channel + ": expected a barrier that this process can have, found another");
+          }
+        }
+        return whole;
+      },
+      shared_wishes_of(mine, options));
+  if (options.node) made->segment_.map.ask_for_node(*options.node, channel);
+  made->adopt(*std::launder(reinterpret_cast<segment_header*>(made->segment_.map.data())), checked, mine, options);
+  // relaxed: a wish, on which nothing hangs but where the pages are.
+  if (options.node) made->header_->node_asked.store(*options.node + 1, std::memory_order_relaxed);
+  made->enter_handed_over_memory();
+  return made;
+}
+
+void endpoint::enter_handed_over_memory() {
+  // No gate: there are two ends, each of whom enters once, and the peer could hold it for ever.
+  if (!segment_.locks.try_lock(byte_of(role_))) {
+    fail(errc::end_in_use, text_ + ": expected no living " + std::string{to_string(role_)} + ", found one");
+  }
+  // No process is named: the peer rings the line, and is told nothing by which it could find our mailbox.
+  hold({});
+  // release: pairs with the acquire in look_at_peer.
+  own().presence.store(static_cast<std::uint32_t>(presence::awake), std::memory_order_release);
+  keep_from_children();
+}
+
+void endpoint::take_line(unshared_descriptor line) {
+  line_ = std::move(line);
+  // Whatever stands there later is of the same peer.
+  watched_incarnation_.store(peer().incarnation.load(std::memory_order_relaxed), std::memory_order_relaxed);
+  watch_line(line_.get(), *this);
 }
 
 mapping& endpoint::memory() noexcept {
@@ -406,7 +527,7 @@ void endpoint::fetch_memory() noexcept {
 }
 
 void endpoint::count_park(bell_kind bell) noexcept {
-  bell_ = bell;
+  woken_by_ = bell;
   count_one(own().parks);
   // relaxed: like the count.
   own().cpu.store(static_cast<std::uint32_t>(this_cpu() + 1), std::memory_order_relaxed);
@@ -446,7 +567,7 @@ explanation endpoint::explain() {
     const std::chrono::nanoseconds took{now_ns() - before};
     if (i == 0 || took < told.barrier_cost) told.barrier_cost = took;
   }
-  told.bell = bell_;
+  told.bell = woken_by_;
   return told;
 }
 
@@ -548,6 +669,10 @@ std::string explanation::text() const {
           "eventfd: a wake-up is one write of the other end, and an epoll_wait and a read here (`raw-eventfd` in ./dev "
           "demo)");
       break;
+    case bell_kind::line:
+      add("bell",
+          "line: a wake-up is one send of the other end over the connection, and an epoll_wait and a read here");
+      break;
     case bell_kind::relay:
       add("bell", "relay: a helper thread sleeps for this end's hub and rings it, so a wake-up is two");
       break;
@@ -572,6 +697,14 @@ void endpoint::close() noexcept {
   }
   if (!entered_) return;  // nothing to leave
   unwatch_process(*this);
+  if (name_.scheme == memory_scheme::handed_over) {
+    // release: as above.
+    own_word().store(static_cast<std::uint32_t>(presence::closed), std::memory_order_release);
+    ring(claim_ring(peer_word(), barrier_));
+    if (attended_by_ != 0) doorbell::leave(attended_by_, line_.get());
+    segment_.locks = {};  // before the line
+    return;
+  }
   // The hub may have ended without taking its announcement back, and a relay sleeps as long as that stands.
   take_back(own_word());
   relay_.reset();
@@ -593,11 +726,16 @@ void endpoint::close() noexcept {
 }
 
 void endpoint::ring(presence parked) noexcept {
+  if (inherited()) return;  // whoever sleeps there waits for the parent
   if (parked == presence::thread_parked) {
     count_one(own().wakes);
     futex_wake(peer_word());
   } else if (parked == presence::hub_parked) {
     count_one(own().wakes);
+    if (line_) {
+      ring_line(line_.get());
+      return;
+    }
     const end_entry& them = peer();
     // relaxed: the owner wrote them before it announced, and the claim acquired the announcement.
     const process_identity owner{them.process_high.load(std::memory_order_relaxed),
@@ -611,18 +749,23 @@ void endpoint::ring(presence parked) noexcept {
   }
 }
 
-void endpoint::poison() noexcept {
+news endpoint::poison() noexcept {
+  if (inherited()) return news::inherited;
   // release: pairs with the acquire in look_at_peer.
   header_->poisoned.store(1, std::memory_order_release);
+  // relaxed: this end's own thread reads it; the sentry may write it at the same time, and either is right.
+  if (line_) fate_.store(news::corrupt, std::memory_order_relaxed);
   // The peer's word may be what was overwritten, with the peer asleep behind it: ring, whatever the word says.
   (void)claim_ring(peer_word(), barrier_);
   ring(presence::thread_parked);
   ring(presence::hub_parked);
+  return news::corrupt;
 }
 
 void endpoint::watch_peer() noexcept {
   // In a forked child the end is the parent's, and close() would not end the watch.
-  if (inherited()) return;
+  // A peer at the other end of a line is watched from the first, and has no successor.
+  if (inherited() || line_) return;
   const end_entry& them = peer();
   // acquire: the process below is that of this incarnation, or of a later one; then the incarnation is found different
   // at the next look, and we come back here.
@@ -643,6 +786,7 @@ void endpoint::watch_peer() noexcept {
 }
 
 bool endpoint::look() noexcept {
+  if (line_) return look_at_line_end();
   // The sentry calls this between watch_process and unwatch_process; the owner uses the gate before and after, or when it
   // got no sentry, so that the two never hold it together (a lock does not exclude its own description).
   if (!segment_.locks.try_lock(gate_byte)) return false;  // somebody enters or leaves: look again soon
@@ -654,19 +798,49 @@ bool endpoint::look() noexcept {
       them.incarnation.load(std::memory_order_relaxed) != watched_incarnation_.load(std::memory_order_relaxed);
   segment_.locks.unlock(gate_byte);
   if (!settled) return false;
+  wake_own_waiter();
+  return true;
+}
+
+bool endpoint::look_at_line_end() noexcept {
+  // The peer may have passed its line on, or closed it, and live; then its lock is held.
+  if (segment_.locks.held_by_other(byte_of(other(role_)))) return false;
+  // acquire: what it published before its farewell.
+  const bool farewell = static_cast<presence>(peer_word().load(std::memory_order_acquire)) == presence::closed;
+  // So that a sender that always finds room looks, too. relaxed: what counts is `fate_`.
+  if (!farewell) peer_word().store(static_cast<std::uint32_t>(presence::dead), std::memory_order_relaxed);
+  // release: pairs with the acquire in look_at_peer. What was found corrupt stays that.
+  news none = news::none;
+  fate_.compare_exchange_strong(none, farewell ? news::closed : news::died, std::memory_order_release,
+                                std::memory_order_relaxed);
+  wake_own_waiter();
+  return true;
+}
+
+void endpoint::wake_own_waiter() noexcept {
   // Wake whoever waits on this end, whatever the word says by now. `awake` does not mean that somebody was woken: the
   // peer may have been killed between taking the announcement back and ringing, or a replacement took it back and could
   // not ring, because only the dead process had the doorbell. A wake too many makes the owner look once more.
   (void)claim_ring(own_word(), barrier_);
   futex_wake(own_word());
-  doorbell::ring(own().doorbell.load(std::memory_order_relaxed));
-  return true;
+  // relaxed: a hub that announced another bell meanwhile has looked since, and saw what is to be told.
+  doorbell::ring(bell_.load(std::memory_order_relaxed));
 }
 
 void endpoint::announce_hub(std::uint64_t doorbell_number) {
-  end_entry& mine = own();
-  // relaxed: the announcement's barrier orders it before anybody reads it.
-  mine.doorbell.store(doorbell_number, std::memory_order_relaxed);
+  // relaxed, both: the announcement's barrier orders them before anybody reads them.
+  bell_.store(doorbell_number, std::memory_order_relaxed);
+  if (line_) {
+    if (attended_by_ != doorbell_number) {
+      if (attended_by_ != 0) doorbell::leave(attended_by_, line_.get());
+      attended_by_ = 0;  // none, if the next throws
+      doorbell::attend(doorbell_number, line_.get());
+      attended_by_ = doorbell_number;
+    }
+    announce(own_word(), presence::hub_parked);
+    return;
+  }
+  own().doorbell.store(doorbell_number, std::memory_order_relaxed);
   hub_waits_on_futex_ = false;
   if (!private_) {
     const end_entry& them = peer();
@@ -691,12 +865,12 @@ void endpoint::announce_hub(std::uint64_t doorbell_number) {
 bool endpoint::hub_sleeps() noexcept {
   if (hub_waits_on_futex_) {
     relay_->arm();
-  } else if (!private_ && peer().incarnation.load(std::memory_order_relaxed) != announced_to_) {
+  } else if (!private_ && !line_ && peer().incarnation.load(std::memory_order_relaxed) != announced_to_) {
     // relaxed: behind the announcement's barrier. A peer that entered before it is seen here; one that enters after it
     // takes the announcement back in vain, but then its predecessor has rung, or died, which the sentry tells.
     return false;
   }
-  count_park(hub_waits_on_futex_ ? bell_kind::relay : bell_kind::eventfd);
+  count_park(line_ ? bell_kind::line : hub_waits_on_futex_ ? bell_kind::relay : bell_kind::eventfd);
   return true;
 }
 
@@ -707,6 +881,13 @@ channel_state judge(const memory_name& name, const segment_look& look) {
   channel_state state;
   state.name = name;
   segment_header header{};
+  if (look.unfinished) {
+    // Somebody is at work on it: there is no channel yet, or no more.
+    if (look.gate_held) fail_errno(ENOENT, name.text() + ": expected an existing channel at " + name.path());
+    state.condition = channel_condition::unfinished;
+    state.trouble = name.text() + ": expected a channel, found what was left unfinished";
+    return state;
+  }
   try {
     checked_size(name.text(), look.header, header);
     if (look.size < header.segment_bytes) {

@@ -44,6 +44,8 @@ class category final : public std::error_category {
         return "no hub to resume the waiting coroutine";
       case errc::no_permission:
         return "no permission to use the segment";
+      case errc::inherited:
+        return "the channel's end belongs to the parent process";
     }
     return "unknown strait error " + std::to_string(value);
   }

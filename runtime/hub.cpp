@@ -36,7 +36,10 @@ thread_local hub* turning_hub = nullptr;
 /// How long a turn lasts when others use the context: what a socket or a timer waits at most beside a busy channel.
 constexpr std::int64_t slice_ns = 50'000;
 constexpr std::uint64_t looks_between_clocks = 32;
-constexpr int completions_between_clocks = 16;
+/// Completions between two looks at the clock, at most; and how long they shall take together: a coroutine may handle a
+/// thousand messages before it suspends again, and a slice must not be exceeded by sixteen such.
+constexpr int most_completions_between_clocks = 16;
+constexpr std::int64_t between_clocks_ns = slice_ns / 8;
 
 enum class hub_state : std::uint32_t { idle, resident, parked };
 
@@ -108,7 +111,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
     std::call_once(used_, [&] {
       executor_ = asio::prefer(without_strand(executor), asio::execution::outstanding_work.untracked);
       // Now, because Asio may open a reactor for it: when it is time to park there may be no descriptors left.
-      bell_wait_.emplace(executor_, bell_.descriptor());
+      bell_wait_.descriptor.emplace(executor_, bell_.descriptor());
       alarm_.emplace(executor_);
     });
   }
@@ -157,6 +160,21 @@ class asio_hub final : public asio::execution_context::service, public hub {
     // The reactor's timer must not keep the context's run() from returning when nobody sleeps any more.
     if (timers_.empty() && alarm_due_ != forever && make_resident()) post_turn();
     return true;
+  }
+
+  bool enter() noexcept override {
+    if (turning_hub == this) return false;
+    mutex_.lock();
+    outside_visit_ = std::exchange(turning_hub, this);
+    appended_ = false;
+    return true;
+  }
+
+  void leave() noexcept override {
+    turning_hub = outside_visit_;
+    const bool owed = appended_ && make_resident();
+    mutex_.unlock();
+    if (owed) post_turn();
   }
 
   void resume(hub_waiter& waiter) override {
@@ -220,10 +238,18 @@ class asio_hub final : public asio::execution_context::service, public hub {
     // Of coroutines that outlive the context.
     while (!timers_.empty()) remove(*timers_.back());
     alarm_.reset();
-    if (bell_wait_) {
-      bell_wait_->release();  // the descriptor is the doorbell's
-      bell_wait_.reset();
+    for (bell_wait* wait : {&bell_wait_, &lines_wait_}) {
+      if (!wait->descriptor) continue;
+      wait->descriptor->release();  // the descriptor is the doorbell's
+      wait->descriptor.reset();
     }
+  }
+
+  /// The context goes on in the child of a fork, and so does the hub: the doorbell's number stands for an eventfd of the
+  /// child's own by now, which the reactor has taken up or is about to. What waits for an end that is the parent's must
+  /// be told, so there is a turn.
+  void notify_fork(asio::execution_context::fork_event event) override {
+    if (event == asio::execution_context::fork_child && executor_ && make_resident()) post_turn();
   }
 
   void append(hub_waiter& waiter) noexcept {
@@ -301,7 +327,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
   /// Completes timers whose time has come, but no more than a pass does.
   void ring_timers(std::int64_t now) {
     for (int completed = 0;
-         completed < completions_between_clocks && timer_due(now) && !failed_.load(std::memory_order_relaxed);
+         completed < most_completions_between_clocks && timer_due(now) && !failed_.load(std::memory_order_relaxed);
          ++completed) {
       hub_timer& timer = *timers_.front();
       remove(timer);
@@ -367,6 +393,12 @@ class asio_hub final : public asio::execution_context::service, public hub {
     asio::post(executor_, [this] { turn(); });
   }
 
+  /// After a slice. Asio polls its reactor behind what is in its queue already, and puts what it finds there behind that:
+  /// a turn posted once would be in front of it for a whole slice more.
+  void post_turn_behind_others() {
+    asio::post(executor_, [this] { post_turn(); });
+  }
+
   /// The turn that the resident state stands for. With `first`: completes that, as a turn would; and then is that turn
   /// only if it left something to wait for and no turn is on its way.
   void turn(hub_waiter* first = nullptr) {
@@ -426,7 +458,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
     looked_ = 0;
     const bool alone = waiters_.single();
     if (cursor_ == nullptr) cursor_ = waiters_.first();
-    while (cursor_ != nullptr && completed < completions_between_clocks && !failed_.load(std::memory_order_relaxed)) {
+    while (cursor_ != nullptr && completed < completions_between_clocks_ && !failed_.load(std::memory_order_relaxed)) {
       hub_waiter& waiter = *cursor_;
       cursor_ = waiter.next;
       ++looked_;
@@ -450,7 +482,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
       if (timer_due(last)) {
         // Some may always be due again; a pass lies between.
         if (rang && leave(shared, last - began)) {
-          post_turn();
+          post_turn_behind_others();
           return;
         }
         ring_timers(last);
@@ -461,9 +493,13 @@ class asio_hub final : public asio::execution_context::service, public hub {
         if (idle_looks_ >= looks_between_clocks) spin_.answered();
         idle_looks_ = 0;
         completions += completed;
-        if (completions < completions_between_clocks && !failed_.load(std::memory_order_relaxed)) continue;
+        if (completions < completions_between_clocks_ && !failed_.load(std::memory_order_relaxed)) continue;
         completions = 0;
-        last = now_ns();
+        const std::int64_t now = now_ns();
+        completions_between_clocks_ = now - last > between_clocks_ns
+                                          ? std::max(completions_between_clocks_ / 2, 1)
+                                          : std::min(completions_between_clocks_ * 2, most_completions_between_clocks);
+        last = now;
       } else if (waiters_.empty()) {
         idle_looks_ = 0;
         if (go_idle()) return;
@@ -486,7 +522,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
         } else {
           last = now;
           if (!leave(shared, now - began)) continue;
-          post_turn();
+          post_turn_behind_others();
           return;
         }
         if (spin_length() != forever) {
@@ -496,8 +532,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
         }
         last = now;
       }
-      if (!leave(shared, now_ns() - began)) continue;
-      post_turn();
+      if (!leave(shared, last - began)) continue;
+      post_turn_behind_others();
       return;
     }
   }
@@ -523,10 +559,11 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   /// False: somebody came meanwhile.
   bool go_idle() {
-    if (armed_) {
-      ++arming_;  // the handler that is cancelled now must not count as the doorbell's
-      armed_ = false;
-      bell_wait_->cancel();
+    for (bell_wait* wait : {&bell_wait_, &lines_wait_}) {
+      if (!wait->armed) continue;
+      ++wait->arming;  // the handler that is cancelled now must not count as the doorbell's
+      wait->armed = false;
+      wait->descriptor->cancel();
     }
     set_alarm();
     return rest(hub_state::idle);
@@ -554,13 +591,17 @@ class asio_hub final : public asio::execution_context::service, public hub {
       try {
         waiter->end->announce_hub(bell_.number());
       } catch (const std::system_error&) {
-        // No thread could be had for the relay that this end needs: stay awake.
+        // No thread could be had for the relay that this end needs, or no descriptor for its line: stay awake.
         take_back_all();
         return false;
       }
       by_process = by_process || waiter->end->barrier() == store_load::by_process_barrier;
       by_machine = by_machine || waiter->end->barrier() == store_load::by_machine_barrier;
       by_fence = by_fence || waiter->end->barrier() == store_load::by_fence;
+    }
+    if (bell_.lines() >= 0 && !lines_wait_.descriptor && !wait_for_lines()) {
+      take_back_all();
+      return false;
     }
     if (by_fence) heavy_barrier(store_load::by_fence);
     if (by_process) heavy_barrier(store_load::by_process_barrier);
@@ -578,26 +619,52 @@ class asio_hub final : public asio::execution_context::service, public hub {
       }
     }
     parked_at_ = now_ns();
-    if (!armed_) {
-      bell_wait_->async_wait(asio::posix::stream_descriptor::wait_read,
-                             [this, arming = ++arming_](const std::error_code& error) { rung(error, arming); });
-      armed_ = true;  // not if the call above found no memory
-    }
+    arm(bell_wait_);
+    if (lines_wait_.descriptor) arm(lines_wait_);
     set_alarm();
     if (rest(hub_state::parked)) return true;
     take_back_all();
     return false;
   }
 
-  /// The doorbell is readable.
-  void rung(const std::error_code& error, std::uint64_t arming) {
+  /// A wait of the reactor's for the doorbell, or for the lines of those who may not have it.
+  struct bell_wait {
+    std::optional<asio::posix::stream_descriptor> descriptor;
+    bool armed = false;
+    std::uint64_t arming = 0;
+  };
+
+  /// False: the reactor has no room for them, so nobody may sleep behind a line.
+  [[nodiscard]] bool wait_for_lines() {
+    try {
+      lines_wait_.descriptor.emplace(executor_, bell_.lines());
+      return true;
+    } catch (const std::system_error&) {
+      return false;
+    }
+  }
+
+  void arm(bell_wait& wait) {
+    if (wait.armed) return;
+    wait.descriptor->async_wait(
+        asio::posix::stream_descriptor::wait_read,
+        [this, &wait, arming = ++wait.arming](const std::error_code& error) { rung(wait, error, arming); });
+    wait.armed = true;  // not if the call above found no memory
+  }
+
+  /// The doorbell, or a line, is readable.
+  void rung(bell_wait& wait, const std::error_code& error, std::uint64_t arming) {
     {
       // A handler that is called in a turn may run the context in turn, and so come here.
       const auto lock = lock_unless_turning();
-      if (arming != arming_) return;
-      armed_ = false;
+      if (arming != wait.arming) return;
+      wait.armed = false;
       if (error) return;
-      bell_.drain();
+      if (&wait == &bell_wait_) {
+        bell_.drain();
+      } else {
+        bell_.drain_lines();
+      }
     }
     if (make_resident()) turn();
   }
@@ -616,6 +683,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
   std::uint64_t looked_ = 0;
   std::uint64_t idle_looks_ = 0;
   std::int64_t idle_since_ = 0;
+  /// As many as take `between_clocks_ns`, roughly.
+  int completions_between_clocks_ = most_completions_between_clocks;
   /// The next that a pass looks at; null: the first.
   hub_waiter* cursor_ = nullptr;
   spin_budget spin_;
@@ -627,9 +696,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
   std::int64_t parked_at_ = 0;
 
   doorbell bell_;
-  std::optional<asio::posix::stream_descriptor> bell_wait_;
-  bool armed_ = false;
-  std::uint64_t arming_ = 0;
+  bell_wait bell_wait_;
+  bell_wait lines_wait_;
 
   /// Who sleeps: a binary heap, the first to wake at its front.
   std::vector<hub_timer*> timers_;
@@ -639,6 +707,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
   std::uint64_t alarming_ = 0;
   /// Whether something began to wait since this was false.
   bool appended_ = false;
+  /// What `turning_hub` was before the visit that holds mutex_.
+  hub* outside_visit_ = nullptr;
 
   std::mutex roots_mutex_;
   intrusive_list<hub_root> roots_;

@@ -23,6 +23,7 @@ module;
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <ctime>
 #include <filesystem>
 #include <fstream>
@@ -46,6 +47,9 @@ namespace strait {
 namespace {
 
 constexpr std::string_view shm_directory = "/dev/shm/";
+/// How the names of companions begin, and of what is being made where files need a name for that.
+constexpr std::string_view companion_prefix = ".strait-sysv-";
+constexpr std::string_view makeshift_prefix = ".strait-new-";
 
 // Of madvise, for headers that are older than the kernel.
 constexpr int populate_write = 23;  // MADV_POPULATE_WRITE, Linux 5.14
@@ -131,31 +135,61 @@ void allocate(int descriptor, std::size_t bytes, bool shared, const memory_name&
   if (error != 0) fail_errno(error, what + ": allocating " + std::to_string(bytes) + " bytes");
 }
 
-std::size_t file_bytes(int descriptor, std::size_t bytes, const page_wishes& wishes);
+constexpr std::size_t most_kept = 4096;
 
-/// The descriptors of all file_locks, for the child of a fork.
-struct lock_list {
+/// What the child of a fork must let go of, because it is the parent's.
+struct estate {
   std::mutex mutex;
+  /// Of all unshared descriptors.
   std::set<int> descriptors;
+  struct shared_memory {
+    std::size_t bytes;
+    std::size_t kept;
+    void (*change)(std::byte* data) noexcept;
+  };
+  std::map<std::byte*, shared_memory> mappings;
   std::atomic<std::uint32_t> generation{0};
+
+  /// In the child, which has one thread. Closes and maps, and allocates nothing.
+  void renounce() noexcept {
+    // The description is shared with the parent: closing our descriptor drops no lock of his.
+    for (const int descriptor : descriptors) ::close(descriptor);
+    descriptors.clear();
+    for (const auto& [data, memory] : mappings) {
+      std::array<std::byte, most_kept> kept;
+      std::memcpy(kept.data(), data, memory.kept);
+      const void* own = ::mmap(data, memory.bytes, PROT_READ | PROT_WRITE,
+                               MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      // Without memory for that the child dies at its first access: better than one that meddles with the parent's.
+      if (own == MAP_FAILED) {
+        ::mprotect(data, memory.bytes, PROT_NONE);
+        continue;
+      }
+      std::memcpy(data, kept.data(), memory.kept);
+      memory.change(data);
+    }
+    // relaxed: one thread.
+    generation.fetch_add(1, std::memory_order_relaxed);
+  }
 };
 
-lock_list& locks_of_process() {
+estate& estate_of_process() {
   static auto* list = [] {
-    auto* made = new lock_list;  // outlives every end
-    ::pthread_atfork([] { locks_of_process().mutex.lock(); }, [] { locks_of_process().mutex.unlock(); },
+    auto* made = new estate;  // outlives every end
+    ::pthread_atfork([] { estate_of_process().mutex.lock(); }, [] { estate_of_process().mutex.unlock(); },
                      [] {
-                       auto& mine = locks_of_process();
-                       // The description is shared with the parent: closing our descriptor drops no lock of his.
-                       for (const int descriptor : mine.descriptors) ::close(descriptor);
-                       mine.descriptors.clear();
-                       // relaxed: the child has one thread.
-                       mine.generation.fetch_add(1, std::memory_order_relaxed);
-                       mine.mutex.unlock();
+                       estate_of_process().renounce();
+                       estate_of_process().mutex.unlock();
                      });
     return made;
   }();
   return *list;
+}
+
+/// Between two looks at what the kernel does not let us wait for.
+void sleep_a_moment() noexcept {
+  const timespec moment{.tv_sec = 0, .tv_nsec = 1'000'000};
+  ::nanosleep(&moment, nullptr);
 }
 
 struct ::flock byte_lock(short type, std::uint64_t byte) {
@@ -167,16 +201,95 @@ struct ::flock byte_lock(short type, std::uint64_t byte) {
   return lock;
 }
 
-/// Removes the name from the directory; that it is gone already is no error.
-void take_name_away(const memory_name& name, ::uid_t owner, const std::string& purpose) {
-  const std::string path = name.path();
-  if (::unlink(path.c_str()) == 0 || errno == ENOENT) return;
-  const int error = errno;
-  const std::string what = name.text() + ": expected " + purpose + " at " + path + ", found a file of user " +
-                           std::to_string(owner) + " that user " + std::to_string(::geteuid()) + " may not remove";
-  if (error == EACCES || error == EPERM) fail(errc::no_permission, what);
-  fail_errno(error, what);
-}
+/// The segment whose locks are on an open file: that file's own bytes, or a System V segment that the file is the
+/// companion of. What is asked of it is asked of the kernel each time, because others may be at work on it.
+class body {
+ public:
+  /// Throws when the file is none, or no companion where it should be one.
+  body(const memory_name& name, int descriptor) : name_{name}, descriptor_{descriptor} {
+    if (!S_ISREG(status().st_mode)) {
+      fail(errc::foreign_segment,
+           name.text() + ": expected a regular file at " + name.path() + ", found " + kind_of(status().st_mode));
+    }
+    if (name.scheme != memory_scheme::system_v) return;
+    const ::ssize_t got = ::pread(descriptor, &companion_, sizeof companion_, 0);
+    if (got < 0) fail_errno(errno, name.text() + ": reading the companion " + name.path());
+    if (got != sizeof companion_ || companion_.magic != system_v_companion::expected_magic) {
+      fail(errc::foreign_segment, name.text() + ": expected the companion of a System V segment at " + name.path() +
+                                      ", found a file that does not begin like one");
+    }
+  }
+
+  /// Its first bytes, as many as fit and are there. Nothing: a companion without segment, or with an unfinished one; its
+  /// creator died half-way, or is still at work.
+  [[nodiscard]] std::optional<std::span<const std::byte>> read(std::vector<std::byte>& into) const {
+    if (name_.scheme == memory_scheme::system_v) {
+      const auto found = find();
+      if (!found || !found->finished) return std::nullopt;
+      return std::span{into}.first(read_system_v(name_, *found, into));
+    }
+    const ::ssize_t got = ::pread(descriptor_, into.data(), into.size(), 0);
+    if (got < 0) fail_errno(errno, name_.text() + ": reading the header of " + name_.path());
+    return std::span{into}.first(static_cast<std::size_t>(got));
+  }
+
+  [[nodiscard]] std::uint64_t size() const {
+    if (name_.scheme == memory_scheme::system_v) {
+      const auto found = find();
+      return found ? found->bytes : 0;
+    }
+    return static_cast<std::uint64_t>(status().st_size);
+  }
+
+  /// Maps it, with every byte really there. The gate must be held.
+  [[nodiscard]] mapping map(std::size_t bytes, const page_wishes& wishes) const {
+    if (name_.scheme == memory_scheme::system_v) {
+      const auto found = find();
+      if (!found) fail_errno(EIDRM, name_.text() + ": attaching its System V segment");
+      return mapping::of_system_v(found->identifier, bytes, wishes, name_.text());
+    }
+    // It was allocated when it was made, but a copy of it, or one that was cut and extended, has holes.
+    allocate(descriptor_, bytes, true, name_);
+    return mapping::of_file(descriptor_, bytes, wishes, name_.text());
+  }
+
+  /// Removes the segment, and its name from the directory; that they are gone already is no error. The gate must be
+  /// held. Returns an errno, or 0.
+  [[nodiscard]] int remove() const {
+    if (name_.scheme == memory_scheme::system_v) {
+      // First, because without its companion nobody would find it.
+      if (const auto found = find()) {
+        if (const int error = remove_system_v(*found); error != 0) return error;
+      }
+    }
+    return ::unlink(name_.path().c_str()) == 0 || errno == ENOENT ? 0 : errno;
+  }
+  /// The same; `purpose` tells what is wrong when it fails.
+  void remove(const std::string& purpose) const {
+    const int error = remove();
+    if (error == 0) return;
+    const std::string what = name_.text() + ": expected " + purpose + " at " + name_.path() +
+                             ", found a file of user " + std::to_string(status().st_uid) + " that user " +
+                             std::to_string(::geteuid()) + " may not remove";
+    if (error == EACCES || error == EPERM) fail(errc::no_permission, what);
+    fail_errno(error, what);
+  }
+
+  [[nodiscard]] struct ::stat status() const {
+    struct ::stat file{};
+    if (::fstat(descriptor_, &file) != 0) fail_errno(errno, name_.text() + ": looking at " + name_.path());
+    return file;
+  }
+
+ private:
+  [[nodiscard]] std::optional<system_v_segment> find() const {
+    return find_system_v(name_, companion_, status().st_uid);
+  }
+
+  const memory_name& name_;
+  int descriptor_;
+  system_v_companion companion_;
+};
 
 bool still_named(const std::string& path, int descriptor) noexcept {
   struct ::stat file{};
@@ -193,20 +306,27 @@ std::string makeshift_path(const std::string& path) {
     hash = (hash ^ static_cast<unsigned char>(letter)) * 0x100'0000'01b3;
   }
   std::array<char, 40> name{};
-  std::snprintf(name.data(), name.size(), ".strait-new-%016llx", static_cast<unsigned long long>(hash));
-  return directory_of(path) + name.data();
+  std::snprintf(name.data(), name.size(), "%016llx", static_cast<unsigned long long>(hash));
+  return directory_of(path).append(makeshift_prefix) + name.data();
 }
 
-/// A segment that is being made, and the makeshift name that it has on file systems without nameless files; that name
-/// is taken away by the destructor.
+/// A segment that is being made, and the names that it has too early: one on file systems without nameless files, and
+/// that of a companion whose segment is not there yet. They are taken away by the destructor.
 class nursling {
  public:
-  explicit nursling(const memory_name& name, unsigned mode) : name_{name}, path_{name.path()} {
+  nursling(const memory_name& name, const segment_plan& plan) : name_{name}, plan_{plan}, path_{name.path()} {
     made_.created = true;
-    open_nameless(mode);
-    if (made_.locks.descriptor() < 0) open_under_makeshift(mode);
+    open_nameless(plan.mode);
+    if (made_.locks.descriptor() < 0) open_under_makeshift(plan.mode);
+    // Before the mode, because a change of group may take bits of it away.
+    if (plan.group && ::fchown(made_.locks.descriptor(), static_cast<::uid_t>(-1), *plan.group) != 0) {
+      const std::string what = name_.text() + ": expected that user " + std::to_string(::geteuid()) +
+                               " may give it to group " + std::to_string(*plan.group);
+      if (errno == EPERM) fail(errc::no_permission, what + ", found that the user is no member of it");
+      fail_errno(errno, what);
+    }
     // The umask must not make a channel narrower than was asked for.
-    if (::fchmod(made_.locks.descriptor(), static_cast<::mode_t>(mode)) != 0) {
+    if (::fchmod(made_.locks.descriptor(), static_cast<::mode_t>(plan.mode)) != 0) {
       fail_errno(errno, name_.text() + ": setting its mode");
     }
   }
@@ -214,10 +334,54 @@ class nursling {
   nursling& operator=(const nursling&) = delete;
   ~nursling() {
     if (!makeshift_.empty()) ::unlink(makeshift_.c_str());
+    if (lonely_companion_) ::unlink(path_.c_str());
   }
 
-  /// Gives it its size and contents.
-  void grow(const segment_plan& plan) {
+  /// Makes it and gives it its name; false when the name is taken.
+  [[nodiscard]] bool come_to_be() {
+    if (name_.scheme != memory_scheme::system_v) {
+      fill();
+      return give_name();
+    }
+    if (!come_as_companion()) return false;
+    made_.map = make_system_v(name_, plan_);
+    lonely_companion_ = false;
+    return true;
+  }
+
+  /// Makes the companion of a System V segment that is to come, and sees to it that there is none yet; false when there
+  /// is a companion. The gate keeps others from both; who finds it free knows that we died.
+  [[nodiscard]] bool come_as_companion() {
+    const auto companion = system_v_companion::of(plan_.bytes);
+    if (::pwrite(made_.locks.descriptor(), &companion, sizeof companion, 0) != sizeof companion) {
+      if (errno == ENOSPC) {
+        fail(errc::no_space,
+             name_.text() + ": expected room for a small file in " + directory_of(path_) + ", found none");
+      }
+      fail_errno(errno, name_.text() + ": writing the companion " + path_);
+    }
+    if (!give_name()) return false;
+    lonely_companion_ = true;
+    if (const auto orphan = find_system_v(name_, companion, std::nullopt)) {
+      if (orphan->attached != 0) {
+        fail(errc::end_in_use, name_.text() + ": expected the companion " + path_ +
+                                   " of a System V segment that is attached " + std::to_string(orphan->attached) +
+                                   " times, found that it was removed");
+      }
+      // Whoever removed the companion removed the channel, as `rm` does with a file.
+      if (const int error = remove_system_v(*orphan); error != 0) {
+        fail_errno(error, name_.text() + ": removing a System V segment without companion");
+      }
+    }
+    return true;
+  }
+
+  [[nodiscard]] segment take() { return std::move(made_); }
+
+ private:
+  /// Gives the file its size and contents.
+  void fill() {
+    const segment_plan& plan = plan_;
     const std::string what = name_.text();
     const int descriptor = made_.locks.descriptor();
     const std::size_t bytes = file_bytes(descriptor, plan.bytes, plan.pages);
@@ -255,9 +419,6 @@ class nursling {
     fail_errno(errno, name_.text() + ": giving " + path_ + " its name");
   }
 
-  [[nodiscard]] segment take() { return std::move(made_); }
-
- private:
   void open_nameless(unsigned mode) {
     const std::string directory = directory_of(path_);
     made_.locks = file_locks{directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, mode};
@@ -302,8 +463,10 @@ class nursling {
   }
 
   const memory_name& name_;
+  const segment_plan& plan_;
   std::string path_;
   std::string makeshift_;
+  bool lonely_companion_ = false;
   segment made_;
 };
 
@@ -315,8 +478,12 @@ std::string memory_name::text() const {
       return "private memory";
     case memory_scheme::posix:
       return "posix:" + name;
+    case memory_scheme::system_v:
+      return "sysv:" + name;
     case memory_scheme::file:
       return "file:" + name;
+    case memory_scheme::handed_over:
+      return "unix:" + name;
   }
   return name;
 }
@@ -324,9 +491,12 @@ std::string memory_name::text() const {
 std::string memory_name::path() const {
   switch (scheme) {
     case memory_scheme::private_memory:
+    case memory_scheme::handed_over:
       return {};
     case memory_scheme::posix:
       return std::string{shm_directory} + name;
+    case memory_scheme::system_v:
+      return std::string{shm_directory}.append(companion_prefix) + name;
     case memory_scheme::file:
       return name;
   }
@@ -339,23 +509,28 @@ bool memory_name::outlives_its_ends() const noexcept {
 
 namespace {
 
-/// `file:` and then a path, which may be relative.
-memory_name parse_path(std::string_view path) {
-  constexpr std::size_t longest = 4095;  // PATH_MAX, without the NUL
+/// A scheme and then a path, which may be relative; for a socket also a name behind an '@'.
+memory_name parse_path(memory_scheme scheme, std::string_view path) {
+  // PATH_MAX, or what fits into a socket's address; both without the NUL.
+  const bool of_socket = scheme == memory_scheme::handed_over;
+  const std::size_t longest = of_socket ? 107 : 4095;
+  memory_name result{.scheme = scheme, .name = std::string{path}};
   const auto reject = [&](const std::string& found) {
-    fail(errc::bad_name, "channel name \"file:" + printable(path) + "\": expected the path of a file, of 1 to " +
-                             std::to_string(longest) + " bytes without NUL; found " + found);
+    fail(errc::bad_name, "channel name \"" + printable(result.text()) + "\": expected the path of a " +
+                             (of_socket ? "socket" : "file") + ", of 1 to " + std::to_string(longest) +
+                             " bytes without NUL; found " + found);
   };
   if (path.empty()) reject("an empty path");
   if (path.find('\0') != std::string_view::npos) reject("a NUL");
-  const std::string_view last = path.substr(path.rfind('/') + 1);  // all of it when there is no slash
-  if (last.empty() || last == "." || last == "..") reject("a directory");
-  memory_name result{.scheme = memory_scheme::file, .name = std::string{path}};
-  if (path.front() != '/') {
-    std::error_code error;
-    const std::string here = std::filesystem::current_path(error).string();
-    if (error) fail_errno(error.value(), result.text() + ": completing the path with the working directory");
-    result.name.insert(0, here.ends_with('/') ? here : here + '/');
+  if (!(of_socket && path.front() == '@')) {
+    const std::string_view last = path.substr(path.rfind('/') + 1);  // all of it when there is no slash
+    if (last.empty() || last == "." || last == "..") reject("a directory");
+    if (path.front() != '/') {
+      std::error_code error;
+      const std::string here = std::filesystem::current_path(error).string();
+      if (error) fail_errno(error.value(), result.text() + ": completing the path with the working directory");
+      result.name.insert(0, here.ends_with('/') ? here : here + '/');
+    }
   }
   if (result.name.size() > longest) reject(std::to_string(result.name.size()) + " bytes");
   return result;
@@ -367,15 +542,20 @@ memory_name parse_memory_name(std::string_view text) {
   memory_name result;
   if (const auto colon = text.find(':'); colon != std::string_view::npos) {
     const std::string_view scheme = text.substr(0, colon + 1);
-    if (scheme == "file:") return parse_path(text.substr(colon + 1));
-    if (scheme != "posix:") {
-      fail(errc::unknown_scheme, "channel \"" + printable(text) +
-                                     "\": expected the scheme \"posix:\" or \"file:\", or none, found \"" +
-                                     printable(scheme) + "\"");
+    if (scheme == "file:") return parse_path(memory_scheme::file, text.substr(colon + 1));
+    if (scheme == "unix:") return parse_path(memory_scheme::handed_over, text.substr(colon + 1));
+    if (scheme == "sysv:") {
+      result.scheme = memory_scheme::system_v;
+    } else if (scheme != "posix:") {
+      fail(errc::unknown_scheme,
+           "channel \"" + printable(text) +
+               "\": expected the scheme \"posix:\", \"sysv:\", \"file:\" or \"unix:\", or none, found \"" +
+               printable(scheme) + "\"");
     }
     text.remove_prefix(colon + 1);
   }
-  constexpr std::size_t longest = 255;  // NAME_MAX of tmpfs
+  // NAME_MAX of tmpfs
+  const std::size_t longest = 255 - (result.scheme == memory_scheme::system_v ? companion_prefix.size() : 0);
   const auto reject = [&](const std::string& found) {
     fail(errc::bad_name, "channel name \"" + printable(text) + "\": expected 1 to " + std::to_string(longest) +
                              " characters without '/' and NUL, and neither \".\" nor \"..\"; found " + found);
@@ -450,13 +630,6 @@ std::size_t hugetlb_page_of(int descriptor) noexcept {
   return static_cast<std::size_t>(system.f_bsize);
 }
 
-/// How long a new file is: huge pages must lie in it as a whole.
-std::size_t file_bytes(int descriptor, std::size_t bytes, const page_wishes& wishes) {
-  if (const std::size_t page = hugetlb_page_of(descriptor); page != 0) return round_up(bytes, page);
-  if (wishes.kind == page_kind::automatic || transparent_page() == 0) return bytes;
-  return round_up(bytes, transparent_page());
-}
-
 std::string list_of(const std::vector<unsigned>& numbers) {
   std::string text;
   for (const unsigned number : numbers) text += (text.empty() ? "" : ", ") + std::to_string(number);
@@ -521,6 +694,12 @@ range_facts facts_of(const std::byte* data, std::size_t bytes) {
 }
 
 }  // namespace
+
+std::size_t file_bytes(int descriptor, std::size_t bytes, const page_wishes& wishes) {
+  if (const std::size_t page = hugetlb_page_of(descriptor); page != 0) return round_up(bytes, page);
+  if (wishes.kind == page_kind::automatic || transparent_page() == 0) return bytes;
+  return round_up(bytes, transparent_page());
+}
 
 const std::vector<unsigned>& memory_nodes() {
   static const std::vector<unsigned> known = [] {
@@ -646,7 +825,17 @@ mapping mapping::of_file(int descriptor, std::size_t bytes, const page_wishes& w
 }
 
 mapping::~mapping() {
-  if (data_ != nullptr) ::munmap(data_, extent_);
+  if (data_ == nullptr) return;
+  auto& list = estate_of_process();
+  const std::lock_guard guard{list.mutex};
+  list.mappings.erase(data_);  // before somebody else's mapping may be in this place
+  ::munmap(data_, extent_);
+}
+
+void mapping::keep_from_children(std::size_t bytes, void (*change)(std::byte*) noexcept) {
+  auto& list = estate_of_process();
+  const std::lock_guard guard{list.mutex};
+  list.mappings.insert_or_assign(data_, estate::shared_memory{extent_, std::min(bytes, most_kept), change});
 }
 
 void mapping::populate() noexcept {
@@ -751,47 +940,52 @@ page_report mapping::report() const {
   return told;
 }
 
-file_locks::file_locks(const char* path, int flags, unsigned mode) {
-  auto& list = locks_of_process();
-  const std::lock_guard guard{list.mutex};
-  const int opened = ::open(path, flags, static_cast<mode_t>(mode));
+fork_pause::fork_pause() {
+  estate_of_process().mutex.lock();
+}
+
+fork_pause::~fork_pause() {
+  estate_of_process().mutex.unlock();
+}
+
+unshared_descriptor::unshared_descriptor(const fork_pause&, int opened) {
   if (opened < 0) return;
+  const int error = errno;
   try {
-    list.descriptors.insert(opened);
+    estate_of_process().descriptors.insert(opened);
   } catch (...) {
     ::close(opened);
     throw;
   }
-  descriptor_ = opened;
+  errno = error;
+  value_ = opened;
 }
 
-file_locks::file_locks(file_locks&& other) noexcept : descriptor_{std::exchange(other.descriptor_, -1)} {}
-
-file_locks& file_locks::operator=(file_locks&& other) noexcept {
-  std::swap(descriptor_, other.descriptor_);
-  return *this;
-}
-
-file_locks::~file_locks() {
-  if (descriptor_ < 0) return;
-  auto& list = locks_of_process();
+unshared_descriptor::~unshared_descriptor() {
+  if (value_ < 0) return;
+  auto& list = estate_of_process();
   const std::lock_guard guard{list.mutex};
   // After a fork the child's handler has closed it already, and the number may be somebody else's by now.
-  if (list.descriptors.erase(descriptor_) != 0) ::close(descriptor_);
+  if (list.descriptors.erase(value_) != 0) ::close(value_);
+}
+
+file_locks::file_locks(const char* path, int flags, unsigned mode) {
+  const fork_pause pause;
+  descriptor_ = unshared_descriptor{pause, ::open(path, flags, static_cast<mode_t>(mode))};
 }
 
 bool file_locks::try_lock(std::uint64_t byte) noexcept {
   struct ::flock lock = byte_lock(F_WRLCK, byte);
   int result = 0;
   do {
-    result = ::fcntl(descriptor_, F_OFD_SETLK, &lock);
+    result = ::fcntl(descriptor(), F_OFD_SETLK, &lock);
   } while (result != 0 && errno == EINTR);
   return result == 0;
 }
 
 void file_locks::lock(std::uint64_t byte) noexcept {
   struct ::flock lock = byte_lock(F_WRLCK, byte);
-  while (::fcntl(descriptor_, F_OFD_SETLKW, &lock) != 0 && errno == EINTR) {
+  while (::fcntl(descriptor(), F_OFD_SETLKW, &lock) != 0 && errno == EINTR) {
   }
 }
 
@@ -799,20 +993,25 @@ bool file_locks::lock_within(std::uint64_t byte, std::chrono::milliseconds patie
   const auto deadline = std::chrono::steady_clock::now() + patience;
   while (!try_lock(byte)) {
     if (std::chrono::steady_clock::now() >= deadline) return false;
-    const timespec moment{.tv_sec = 0, .tv_nsec = 1'000'000};
-    ::nanosleep(&moment, nullptr);
+    sleep_a_moment();
   }
   return true;
 }
 
 void file_locks::unlock(std::uint64_t byte) noexcept {
   struct ::flock lock = byte_lock(F_UNLCK, byte);
-  ::fcntl(descriptor_, F_OFD_SETLK, &lock);
+  ::fcntl(descriptor(), F_OFD_SETLK, &lock);
 }
 
 bool file_locks::held_by_other(std::uint64_t byte) const noexcept {
   struct ::flock lock = byte_lock(F_WRLCK, byte);
-  return ::fcntl(descriptor_, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
+  return ::fcntl(descriptor(), F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
+}
+
+bool file_locks::inhabited_by_other() const noexcept {
+  struct ::flock lock = byte_lock(F_WRLCK, gate_byte + 1);
+  lock.l_len = 0;  // to the end, wherever that is
+  return ::fcntl(descriptor(), F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
 }
 
 boot_identity this_boot() noexcept {
@@ -837,14 +1036,23 @@ boot_identity this_boot() noexcept {
 
 std::uint32_t fork_generation() noexcept {
   // relaxed: changes only while the process has one thread.
-  return locks_of_process().generation.load(std::memory_order_relaxed);
+  return estate_of_process().generation.load(std::memory_order_relaxed);
 }
 
 segment open_segment(
-    const memory_name& name, open_mode mode, const segment_plan& plan, std::size_t header_bytes,
+    const memory_name& name, open_mode mode, std::chrono::steady_clock::time_point deadline, const segment_plan& plan,
+    std::size_t header_bytes,
     const std::function<verdict(std::span<const std::byte>, std::uint64_t, const file_locks&)>& examine,
     const std::function<std::size_t(std::span<const std::byte>)>& bytes_to_map) {
   const std::string path = name.path();
+  const auto wait_for_it = [&] {
+    if (std::chrono::steady_clock::now() >= deadline) {
+      fail_errno(ENOENT, name.text() + ": expected an existing channel at " + path);
+    }
+    // Looked for rather than watched: inotify sees neither what comes over a network nor into a directory that is yet to
+    // be made, and a look costs a microsecond.
+    sleep_a_moment();
+  };
   for (;;) {
     // O_NOFOLLOW: a link that somebody planted under the name leads nowhere. O_NONBLOCK: neither does a FIFO.
     segment found;
@@ -852,34 +1060,39 @@ segment open_segment(
     const int descriptor = found.locks.descriptor();
     if (descriptor < 0) {
       if (errno != ENOENT) fail_to_open(name, path, errno);
-      if (mode == open_mode::open) fail_errno(ENOENT, name.text() + ": expected an existing channel at " + path);
-      nursling made{name, plan.mode};
-      made.grow(plan);
-      if (made.give_name()) return made.take();
+      if (mode == open_mode::open) {
+        wait_for_it();
+        continue;
+      }
+      nursling made{name, plan};
+      if (made.come_to_be()) return made.take();
       continue;  // somebody else was faster: open his
     }
-    struct ::stat file{};
-    if (::fstat(descriptor, &file) != 0) fail_errno(errno, name.text() + ": looking at " + path);
-    if (!S_ISREG(file.st_mode)) {
-      fail(errc::foreign_segment,
-           name.text() + ": expected a regular file at " + path + ", found " + kind_of(file.st_mode));
-    }
-    // A foreign file must stay as it is, and its locks are not ours to wait for: look before we lock.
+    const body contents{name, descriptor};
     std::vector<std::byte> header(header_bytes);
-    const auto read_header = [&] {
-      const ::ssize_t got = ::pread(descriptor, header.data(), header.size(), 0);
-      if (got < 0) fail_errno(errno, name.text() + ": reading the header of " + path);
-      return std::span<const std::byte>{header.data(), static_cast<std::size_t>(got)};
-    };
-    (void)bytes_to_map(read_header());
+    // A foreign file must stay as it is, and its locks are not ours to wait for: look before we lock.
+    // (Of a companion we know by now that it is one, and its segment may be replaced at any moment.)
+    if (name.scheme != memory_scheme::system_v) (void)bytes_to_map(contents.read(header).value());
     found.locks.lock(gate_byte);
     if (!still_named(path, descriptor)) continue;  // the last one left while we waited for the gate
-    const auto seen = read_header();
-    if (::fstat(descriptor, &file) != 0) fail_errno(errno, name.text() + ": looking at " + path);
-    const auto size = static_cast<std::uint64_t>(file.st_size);
-    const verdict judged = examine(seen, size, found.locks);
+    const auto beginning = contents.read(header);
+    if (!beginning) {
+      if (found.locks.inhabited_by_other()) {
+        fail(errc::end_in_use, name.text() +
+                                   ": expected the System V segment that somebody lives in, found that it "
+                                   "was removed (ipcrm)");
+      }
+      if (mode == open_mode::open) {
+        found = {};  // whoever makes it needs the gate
+        wait_for_it();
+        continue;
+      }
+      contents.remove("to remove what a creator left that died");
+      continue;
+    }
+    const verdict judged = examine(*beginning, contents.size(), found.locks);
     if (judged == verdict::replace) {
-      take_name_away(name, file.st_uid, "to replace what a crash left");
+      contents.remove("to replace what a crash left");
       continue;
     }
     if (mode == open_mode::create) {
@@ -887,21 +1100,22 @@ segment open_segment(
     }
     // Its creator died between giving it its name and taking away the one that it was made under.
     const std::string makeshift = makeshift_path(path);
-    if (file.st_nlink > 1 && still_named(makeshift, descriptor)) ::unlink(makeshift.c_str());
-    const std::size_t bytes = bytes_to_map(seen);
-    // It was allocated when it was made, but a copy of it, or one that was cut and extended, has holes.
-    allocate(descriptor, bytes, true, name);
+    if (contents.status().st_nlink > 1 && still_named(makeshift, descriptor)) ::unlink(makeshift.c_str());
     page_wishes wishes = plan.pages;
     wishes.node.reset();  // where they are, they are; the end that enters may have them moved
-    found.map = mapping::of_file(descriptor, bytes, wishes, name.text());
+    found.map = contents.map(bytes_to_map(*beginning), wishes);
     found.map.furnish(wishes, name.text());
     return found;
   }
 }
 
 void remove_name(const memory_name& name, const file_locks& locks) noexcept {
-  const std::string path = name.path();
-  if (still_named(path, locks.descriptor())) ::unlink(path.c_str());
+  if (!still_named(name.path(), locks.descriptor())) return;
+  try {
+    (void)body{name, locks.descriptor()}.remove();
+  } catch (const std::exception&) {
+    // The segment under the key is not ours any more, or there is no memory for a path: `strait rm` is left.
+  }
 }
 
 namespace {
@@ -913,25 +1127,79 @@ segment_look open_to_look(const memory_name& name, int access) {
   // O_NOFOLLOW and O_NONBLOCK: as in open_segment.
   look.locks = file_locks{path.c_str(), access | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0};
   if (look.locks.descriptor() < 0) fail_to_open(name, path, errno);
-  struct ::stat file{};
-  if (::fstat(look.locks.descriptor(), &file) != 0) fail_errno(errno, name.text() + ": looking at " + path);
-  if (!S_ISREG(file.st_mode)) {
-    fail(errc::foreign_segment,
-         name.text() + ": expected a regular file at " + path + ", found " + kind_of(file.st_mode));
-  }
   return look;
 }
 
-/// Reads the beginning and the size. Returns whose file it is.
-::uid_t read_beginning(const memory_name& name, std::size_t header_bytes, segment_look& look) {
-  look.header.resize(header_bytes);
-  const ::ssize_t got = ::pread(look.locks.descriptor(), look.header.data(), header_bytes, 0);
-  if (got < 0) fail_errno(errno, name.text() + ": reading the header of " + name.path());
-  look.header.resize(static_cast<std::size_t>(got));
+/// Whether this is the name under which another segment is being made, or was.
+bool is_makeshift(const memory_name& name) {
+  return name.scheme == memory_scheme::posix && name.name.starts_with(makeshift_prefix);
+}
+
+/// Whether there is a System V segment of that name, and no companion.
+bool lost_its_companion(const memory_name& name) {
   struct ::stat file{};
-  if (::fstat(look.locks.descriptor(), &file) != 0) fail_errno(errno, name.text() + ": looking at " + name.path());
-  look.size = static_cast<std::uint64_t>(file.st_size);
-  return file.st_uid;
+  const auto has_none = [&] { return ::lstat(name.path().c_str(), &file) != 0 && errno == ENOENT; };
+  if (name.scheme != memory_scheme::system_v || !has_none()) return false;
+  const auto identifier = [&] {
+    const auto found = find_system_v(name, system_v_companion::of(0), std::nullopt);
+    return found ? found->identifier : -1;
+  };
+  // The same segment before and after, and no companion in between: they did not come or go meanwhile, because the
+  // companion is there first and goes last.
+  const int before = identifier();
+  return before >= 0 && has_none() && identifier() == before;
+}
+
+/// Reads the beginning and the size.
+void read_beginning(const memory_name& name, const body& contents, std::size_t header_bytes, segment_look& look) {
+  look.header.resize(header_bytes);
+  const auto beginning = contents.read(look.header);
+  look.unfinished = is_makeshift(name) || !beginning;
+  look.header.resize(look.unfinished ? 0 : beginning->size());
+  look.size = look.unfinished ? 0 : contents.size();
+}
+
+/// Where the file is that a process has open as `link`, whose target /proc gives as `path`; empty when it has no name.
+std::string current_path(const std::filesystem::path& link, const std::filesystem::path& path) {
+  namespace fs = std::filesystem;
+  std::error_code gone;
+  // The path may be that of another mount namespace.
+  if (fs::equivalent(path, link, gone)) return path.native();
+  // To its creator it is for ever the nameless file that it was, in the directory where it got its name.
+  struct ::stat file{};
+  if (!path.filename().native().starts_with('#') || ::stat(link.c_str(), &file) != 0) return {};
+  std::error_code over;
+  for (fs::directory_iterator entry{path.parent_path(), over}, end; !over && entry != end; entry.increment(over)) {
+    struct ::stat named{};
+    if (::lstat(entry->path().c_str(), &named) != 0) continue;
+    if (named.st_ino == file.st_ino && named.st_dev == file.st_dev) return entry->path().native();
+  }
+  return {};
+}
+
+/// The files outside of /dev/shm on which somebody holds locks as our ends do: those that live in `file:` channels are
+/// among them. Of processes that this user may not look into, nothing is known.
+std::set<std::string> locked_files() {
+  namespace fs = std::filesystem;
+  std::set<std::string> paths;
+  std::error_code over;  // whatever ends while we look
+  for (fs::directory_iterator process{"/proc", over}, end; !over && process != end; process.increment(over)) {
+    if (process->path().filename().native().find_first_not_of("0123456789") != std::string::npos) continue;
+    std::error_code hidden;
+    for (fs::directory_iterator file{process->path() / "fd", hidden}; !hidden && file != end; file.increment(hidden)) {
+      std::error_code gone;
+      const std::string path = fs::read_symlink(file->path(), gone).native();
+      if (gone || !path.starts_with('/') || path.starts_with(shm_directory)) continue;
+      std::ifstream facts{process->path() / "fdinfo" / file->path().filename()};
+      bool locks = false;
+      for (std::string fact; !locks && std::getline(facts, fact);) {
+        locks = fact.starts_with("lock:") && fact.find(" OFDLCK ") != std::string::npos;
+      }
+      if (locks) paths.insert(current_path(file->path(), path));
+    }
+  }
+  paths.erase(std::string{});
+  return paths;
 }
 
 }  // namespace
@@ -952,27 +1220,63 @@ std::vector<named_file> named_files() {
     // What has vanished since is not there; a link, a FIFO or a directory is no segment.
     if (::fstatat(::dirfd(listing.get()), entry->d_name, &file, AT_SYMLINK_NOFOLLOW) != 0) continue;
     if (!S_ISREG(file.st_mode)) continue;
-    files.push_back({{memory_scheme::posix, entry->d_name}, static_cast<std::uint64_t>(file.st_size)});
+    const std::string_view name = entry->d_name;
+    const bool companion = name.starts_with(companion_prefix) && name.size() > companion_prefix.size();
+    files.push_back({{companion ? memory_scheme::system_v : memory_scheme::posix,
+                      std::string{name.substr(companion ? companion_prefix.size() : 0)}},
+                     static_cast<std::uint64_t>(file.st_size)});
   }
   if (errno != 0) fail_errno(errno, "reading " + directory);
-  std::ranges::sort(files, {}, [](const named_file& file) -> const std::string& { return file.name.name; });
+  for (std::string& label : labelled_system_v()) {
+    const memory_name name{memory_scheme::system_v, std::move(label)};
+    const bool known = std::ranges::any_of(
+        files, [&](const named_file& file) { return file.name.scheme == name.scheme && file.name.name == name.name; });
+    if (!known) files.push_back({name, 0});
+  }
+  for (const std::string& path : locked_files()) {
+    struct ::stat file{};
+    if (::lstat(path.c_str(), &file) == 0 && S_ISREG(file.st_mode)) {
+      files.push_back({{memory_scheme::file, path}, static_cast<std::uint64_t>(file.st_size)});
+    }
+  }
+  std::ranges::sort(files, {}, [](const named_file& file) { return std::pair{file.name.name, file.name.scheme}; });
   return files;
 }
 
 segment_look look_at_segment(const memory_name& name, std::size_t header_bytes) {
-  segment_look look = open_to_look(name, O_RDONLY);
-  look.gate_held = look.locks.held_by_other(gate_byte);
-  read_beginning(name, header_bytes, look);
-  return look;
+  for (;;) {
+    if (lost_its_companion(name)) {
+      segment_look look;
+      look.unfinished = true;
+      return look;
+    }
+    segment_look look = open_to_look(name, O_RDONLY);
+    look.gate_held = look.locks.held_by_other(gate_byte);
+    try {
+      read_beginning(name, body{name, look.locks.descriptor()}, header_bytes, look);
+    } catch (const std::system_error&) {
+      // The key may lead to the segment of a later companion, which that of ours says nothing of.
+      if (name.scheme != memory_scheme::system_v || still_named(name.path(), look.locks.descriptor())) throw;
+      continue;
+    }
+    // Once more: whoever was at the gate then may have gone, and somebody else have come to remove it.
+    if (look.unfinished) look.gate_held = look.gate_held || look.locks.held_by_other(gate_byte);
+    if (name.scheme != memory_scheme::system_v || still_named(name.path(), look.locks.descriptor())) return look;
+  }
 }
 
 void remove_segment(const memory_name& name, std::size_t header_bytes,
                     const std::function<void(const segment_look&)>& examine) {
   for (;;) {
+    if (lost_its_companion(name)) {
+      // Under the gate of a new one, which goes with the nursling.
+      if (nursling{name, segment_plan{}}.come_as_companion()) return;
+    }
     // For writing: only then may the gate be locked.
     segment_look look = open_to_look(name, O_RDWR);
     look.gate_held = look.locks.held_by_other(gate_byte);
-    read_beginning(name, header_bytes, look);
+    const body contents{name, look.locks.descriptor()};
+    read_beginning(name, contents, header_bytes, look);
     examine(look);
     // Entering and leaving take microseconds; who is at the gate for longer is stopped there, and lives.
     if (!look.locks.lock_within(gate_byte, std::chrono::seconds{1})) {
@@ -981,9 +1285,9 @@ void remove_segment(const memory_name& name, std::size_t header_bytes,
     }
     if (!still_named(name.path(), look.locks.descriptor())) continue;  // look at what is there now, if anything
     look.gate_held = false;
-    const ::uid_t owner = read_beginning(name, header_bytes, look);
+    read_beginning(name, contents, header_bytes, look);
     examine(look);
-    take_name_away(name, owner, "to remove what nobody uses");
+    contents.remove("to remove what nobody uses");
     return;
   }
 }

@@ -4,12 +4,16 @@ module;
 #include <limits.h>
 #include <linux/futex.h>
 #include <linux/membarrier.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <ctime>
 #include <map>
@@ -39,11 +43,7 @@ int registration_command(store_load kind) noexcept {
 struct doorbell_list {
   std::mutex mutex;
   std::uint64_t next = 1;
-  struct entry {
-    int descriptor;
-    bell_latch<>* latch;
-  };
-  std::map<std::uint64_t, entry> entries;
+  std::map<std::uint64_t, doorbell*> entries;
 };
 
 doorbell_list& doorbells() {
@@ -58,6 +58,30 @@ void lock_doorbells() {
 }
 void unlock_doorbells() {
   doorbells().mutex.unlock();
+}
+namespace {
+
+/// Puts what `fresh` is in the place of `old`, which is closed first, so that there is room for a new one.
+template <class Open>
+void renew(int old, Open fresh_one) noexcept {
+  ::close(old);
+  const int fresh = fresh_one();
+  if (fresh >= 0 && fresh != old) {
+    ::dup3(fresh, old, O_CLOEXEC);
+    ::close(fresh);
+  }
+}
+
+}  // namespace
+
+void doorbell::renew_all() noexcept {
+  for (const auto& [number, bell] : doorbells().entries) {
+    // Of the child's own, in the place of the parent's, which both would otherwise read and write. The lines are the
+    // parent's, and its child attends none of them.
+    renew(bell->descriptor_, [] { return ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); });
+    if (bell->lines_ >= 0) renew(bell->lines_, [] { return ::epoll_create1(EPOLL_CLOEXEC); });
+    bell->latch_.reset();
+  }
 }
 
 bool register_barrier(store_load kind) noexcept {
@@ -112,7 +136,7 @@ doorbell::doorbell() : descriptor_{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)} {
   auto& list = doorbells();
   const std::lock_guard lock{list.mutex};
   number_ = list.next++;
-  list.entries.emplace(number_, doorbell_list::entry{descriptor_, &latch_});
+  list.entries.emplace(number_, this);
 }
 
 doorbell::~doorbell() {
@@ -120,6 +144,7 @@ doorbell::~doorbell() {
   const std::lock_guard lock{list.mutex};
   list.entries.erase(number_);
   ::close(descriptor_);
+  if (lines_ >= 0) ::close(lines_);
 }
 
 void doorbell::drain() noexcept {
@@ -133,17 +158,64 @@ void doorbell::ring(std::uint64_t number) noexcept {
   auto& list = doorbells();
   const std::lock_guard lock{list.mutex};
   const auto found = list.entries.find(number);
-  if (found == list.entries.end() || !found->second.latch->claim()) return;
+  if (found == list.entries.end() || !found->second->latch_.claim()) return;
   const std::uint64_t one = 1;
   // EAGAIN: the counter is full, so the bell is readable as it should be.
-  [[maybe_unused]] const auto put = ::write(found->second.descriptor, &one, sizeof one);
+  [[maybe_unused]] const auto put = ::write(found->second->descriptor_, &one, sizeof one);
 }
 
 int doorbell::duplicate(std::uint64_t number) noexcept {
   auto& list = doorbells();
   const std::lock_guard lock{list.mutex};
   const auto found = list.entries.find(number);
-  return found == list.entries.end() ? -1 : ::fcntl(found->second.descriptor, F_DUPFD_CLOEXEC, 0);
+  return found == list.entries.end() ? -1 : ::fcntl(found->second->descriptor_, F_DUPFD_CLOEXEC, 0);
+}
+
+void doorbell::attend(std::uint64_t number, int line) {
+  auto& list = doorbells();
+  const std::lock_guard lock{list.mutex};
+  const auto found = list.entries.find(number);
+  if (found == list.entries.end()) return;
+  int& lines = found->second->lines_;
+  if (lines < 0) lines = ::epoll_create1(EPOLL_CLOEXEC);
+  ::epoll_event interest{};
+  interest.events = EPOLLIN | EPOLLRDHUP;
+  interest.data.fd = line;
+  if (lines < 0 || ::epoll_ctl(lines, EPOLL_CTL_ADD, line, &interest) != 0) {
+    throw std::system_error{errno, std::system_category(), "epoll for the lines of a hub's doorbell"};
+  }
+}
+
+void doorbell::leave(std::uint64_t number, int line) noexcept {
+  auto& list = doorbells();
+  const std::lock_guard lock{list.mutex};
+  const auto found = list.entries.find(number);
+  // ENOENT: the line ended and was taken off.
+  if (found != list.entries.end()) ::epoll_ctl(found->second->lines_, EPOLL_CTL_DEL, line, nullptr);
+}
+
+void doorbell::drain_lines() noexcept {
+  auto& list = doorbells();
+  const std::lock_guard lock{list.mutex};  // no line is closed meanwhile: `leave` comes before that
+  std::array<::epoll_event, 64> events{};
+  const int count = ::epoll_wait(lines_, events.data(), static_cast<int>(events.size()), 0);
+  for (int i = 0; i < count; ++i) {
+    const ::epoll_event& event = events[static_cast<std::size_t>(i)];
+    std::array<std::byte, 64> rings{};
+    const ::ssize_t got = ::recv(event.data.fd, rings.data(), rings.size(), MSG_DONTWAIT);
+    // An ended line would be readable for ever. What its end means the sentry finds out, and rings.
+    if (got <= 0 && (event.events & (EPOLLHUP | EPOLLERR | EPOLLRDHUP)) != 0) {
+      ::epoll_ctl(lines_, EPOLL_CTL_DEL, event.data.fd, nullptr);
+    }
+  }
+}
+
+void ring_line(int line) noexcept {
+  const std::byte ring{};
+  ::ssize_t sent = 0;
+  do {
+    sent = ::send(line, &ring, sizeof ring, MSG_DONTWAIT | MSG_NOSIGNAL);
+  } while (sent < 0 && errno == EINTR);
 }
 
 unsigned online_cpu_count() noexcept {

@@ -172,15 +172,29 @@ class switchboard {
   void watch(process_identity process, process_watcher& watcher) {
     std::erase_if(watched_, [&](const watched& entry) { return entry.watcher == &watcher; });
     start_sentry();  // before the entry is made, which nobody would look at if there is no thread to be had
-    watched_.push_back({&watcher, process, false});
+    watched_.push_back({&watcher, process, false, -1});
     if (connect_to(process) == nullptr) {
       watched_.back().look_again = true;
       poke();
     }
   }
 
+  void watch_line(int line, process_watcher& watcher) {
+    start_sentry();
+    watched_.push_back({&watcher, {}, false, line});
+    // Not for EPOLLIN: what comes over a line is for hubs.
+    if (!add_to_epoll(line, EPOLLRDHUP)) {
+      watched_.back().look_again = true;
+      poke();
+    }
+  }
+
   void unwatch(process_watcher& watcher) noexcept {
-    std::erase_if(watched_, [&](const watched& entry) { return entry.watcher == &watcher; });
+    std::erase_if(watched_, [&](const watched& entry) {
+      if (entry.watcher != &watcher) return false;
+      if (entry.line >= 0) drop_line(entry.line);
+      return true;
+    });
   }
 
   /// The thread to join, if nothing is watched any more.
@@ -220,6 +234,8 @@ class switchboard {
     process_identity process;
     /// Whether nobody would tell: look every few milliseconds.
     bool look_again;
+    /// The connection that is the watcher's own; -1: one of ours, to the process.
+    int line = -1;
   };
 
   bool send_note(int connection, std::uint64_t number, int bell) const noexcept {
@@ -344,10 +360,15 @@ class switchboard {
     return false;
   }
 
-  bool add_to_epoll(int connection) {
+  /// The line is the watcher's: it is neither read nor closed here.
+  void drop_line(int line) noexcept {
+    if (serials_.erase(line) != 0) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, line, nullptr);
+  }
+
+  bool add_to_epoll(int connection, std::uint32_t events = EPOLLIN | EPOLLRDHUP) {
     const std::uint32_t serial = ++last_serial_;
     ::epoll_event interest{};
-    interest.events = EPOLLIN | EPOLLRDHUP;
+    interest.events = events;
     interest.data.u64 = std::uint64_t{serial} << 32 | static_cast<std::uint32_t>(connection);
     if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, connection, &interest) != 0) return false;
     serials_[connection] = serial;
@@ -394,6 +415,12 @@ class switchboard {
       if (relieved_ != 0) return;
       std::uint64_t pokes = 0;
       [[maybe_unused]] const auto got = ::read(source, &pokes, sizeof pokes);
+      return;
+    }
+    for (auto& entry : watched_) {
+      if (entry.line != source) continue;
+      entry.look_again = true;
+      drop_line(source);  // it would be reported for ever
       return;
     }
     const bool alive = read_notes(source) && (event.events & (EPOLLHUP | EPOLLRDHUP | EPOLLERR)) == 0;
@@ -450,6 +477,7 @@ void register_fork_handlers() {
         creation.unlock();
       },
       [] {
+        doorbell::renew_all();
         unlock_doorbells();
         if (auto* now = current_switchboard.load(std::memory_order_relaxed)) {
           now->abandon_in_child();
@@ -504,6 +532,12 @@ void watch_process(process_identity process, process_watcher& watcher) {
   auto& here = board();
   const std::lock_guard lock{here.mutex};
   here.watch(process, watcher);
+}
+
+void watch_line(int line, process_watcher& watcher) {
+  auto& here = board();
+  const std::lock_guard lock{here.mutex};
+  here.watch_line(line, watcher);
 }
 
 void unwatch_process(process_watcher& watcher) noexcept {

@@ -8,7 +8,6 @@
 #include <asio/buffer.hpp>
 #include <asio/dispatch.hpp>
 #include <asio/executor_work_guard.hpp>
-#include <asio/experimental/as_tuple.hpp>
 #include <asio/io_context.hpp>
 #include <asio/ip/tcp.hpp>
 #include <asio/local/connect_pair.hpp>
@@ -37,6 +36,7 @@
 #include <utility>
 #include <vector>
 
+#include "asio_moved.hpp"
 #include "coroutines.hpp"
 
 import strait;
@@ -142,7 +142,7 @@ TEST_CASE("what an operation completes with is what the await yields") {
     co_await timer.async_wait(use_op);
     const int value = co_await at_once(7, use_op);
     CHECK(value == 7);
-    const auto [error, same] = co_await at_once(8, asio::experimental::as_tuple(use_op));
+    const auto [error, same] = co_await at_once(8, moved::as_tuple(use_op));
     CHECK_FALSE(error);
     CHECK(same == 8);
 
@@ -189,8 +189,7 @@ TEST_CASE("an operation's error is thrown, set, or in the tuple, as it was asked
     const std::size_t none = co_await ended[1].async_read_some(asio::buffer(buffer), use_op(set));
     CHECK(set == asio::error::eof);
     CHECK(none == 0);
-    const auto [error, n] =
-        co_await ended[2].async_read_some(asio::buffer(buffer), asio::experimental::as_tuple(use_op));
+    const auto [error, n] = co_await ended[2].async_read_some(asio::buffer(buffer), moved::as_tuple(use_op));
     CHECK(error == asio::error::eof);
     CHECK(n == 0);
     asio::steady_timer timer{in, std::chrono::nanoseconds{1}};

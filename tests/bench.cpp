@@ -1,4 +1,5 @@
 // The demo's own arithmetic, and that no broken message passes for a whole one.
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -108,8 +109,20 @@ TEST_CASE("report: a promise compares the best round of a rate, or of a time") {
   const std::vector<bench::row> rows{make("stream/8B/single", "strait", "messages/s", 10, 30),
                                      make("stream/8B/single", "textbook-ring", "messages/s", 5, 10),
                                      make("rtt/8B/spin", "strait", "ns", 40, 90),
-                                     make("rtt/8B/spin", "raw-line", "ns", 20, 21)};
+                                     make("rtt/8B/spin", "raw-line", "ns", 20, 21),
+                                     make("task/switch", "strait", "ns", 8, 9),
+                                     make("task/switch", "asio-post", "ns", 20, 70),
+                                     make("asio/timer-beside-load", "strait", "us", 50, 60),
+                                     make("asio/timer-beside-load", "asio-post", "us", 40, 90),
+                                     make("cost/allocations-task-ready", "strait", "allocations", 0, 3),
+                                     make("cost/syscalls-per-million", "strait", "system calls", 1, 2),
+                                     make("cost/syscalls-per-million", "pipe", "system calls", 9, 9)};
   const std::string text = bench::promises(rows);
   CHECK(contains(text, "3.00   at least 2     met"));
   CHECK(contains(text, "2.00   at most  1.5   missed"));
+  CHECK(contains(text, "2.50   at least 1     met"));
+  CHECK(contains(text, "1.25   at most  1     missed"));
+  CHECK(contains(text, "0   exactly  0     met (in the worst round 3)"));
+  CHECK(contains(text, "1   exactly  0     missed (in the worst round 2)"));
+  CHECK(std::count(text.begin(), text.end(), '\n') == 6);
 }

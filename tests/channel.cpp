@@ -10,8 +10,6 @@
 #include <asio/cancellation_signal.hpp>
 #include <asio/co_spawn.hpp>
 #include <asio/detached.hpp>
-#include <asio/experimental/as_tuple.hpp>
-#include <asio/experimental/deferred.hpp>
 #include <asio/io_context.hpp>
 #include <asio/post.hpp>
 #include <asio/redirect_error.hpp>
@@ -37,12 +35,14 @@
 #include <utility>
 #include <vector>
 
+#include "asio_moved.hpp"
 #include "coroutines.hpp"
+#include "ends.hpp"
 
 import strait;
 
-TEST_CASE("private: try forms") {
-  auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = 4});
+TEST_CASE("try forms") {
+  auto [tx, rx] = test::make_channel<std::uint64_t>({.capacity = 4});
   for (std::uint64_t i = 0; i < 4; ++i) CHECK(tx.try_send(i));
   CHECK_FALSE(tx.try_send(std::uint64_t{9}));
   for (std::uint64_t i = 0; i < 4; ++i) CHECK(rx.try_recv() == i);
@@ -54,8 +54,8 @@ TEST_CASE("private: try forms") {
   CHECK(rx.is_closed());
 }
 
-TEST_CASE("private: blocking across threads") {
-  auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = 64});
+TEST_CASE("blocking across threads") {
+  auto [tx, rx] = test::make_channel<std::uint64_t>({.capacity = 64});
   std::thread producer{[&tx] {
     for (std::uint64_t i = 0; i < 200'000; ++i) tx.blocking_send(i);
     tx.close();
@@ -76,9 +76,9 @@ strait::task<> consume(strait::receiver<std::uint64_t> rx, std::uint64_t& got) {
   }
 }
 
-TEST_CASE("private: tasks on the runtime") {
+TEST_CASE("tasks on the runtime") {
   strait::runtime rt;
-  auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = 64});
+  auto [tx, rx] = test::make_channel<std::uint64_t>({.capacity = 64});
   std::uint64_t got = 0;
   rt.spawn(produce(std::move(tx), 200'000));
   rt.spawn(consume(std::move(rx), got));
@@ -96,9 +96,9 @@ asio::awaitable<void> asio_consume(strait::receiver<std::uint64_t> rx, std::uint
   }
 }
 
-TEST_CASE("private: asio::awaitable in one io_context") {
+TEST_CASE("asio::awaitable in one io_context") {
   asio::io_context context{1};
-  auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = 64});
+  auto [tx, rx] = test::make_channel<std::uint64_t>({.capacity = 64});
   std::uint64_t got = 0;
   asio::co_spawn(context, asio_produce(std::move(tx), 100'000), asio::detached);
   asio::co_spawn(context, asio_consume(std::move(rx), got), asio::detached);
@@ -158,7 +158,7 @@ TEST_CASE("a ready await does not suspend: in a task") {
   bool others_ran = false;
   message done = 0;
   strait::spawn(context, [](asio::io_context& own, bool& flag, message& count) -> strait::task<> {
-    auto [tx, rx] = strait::make_channel<message>({.capacity = 16});
+    auto [tx, rx] = test::make_channel<message>({.capacity = 16});
     asio::post(own, [&] { flag = true; });
     for (; count < 1'000; ++count) {  // fewer than the budget
       co_await tx.send(count);
@@ -180,7 +180,7 @@ TEST_CASE("a ready await does not suspend: in an asio::awaitable, of any executo
     asio::co_spawn(
         context,
         [](asio::io_context& own, bool& flag, message& count) -> asio::awaitable<void> {
-          auto [tx, rx] = strait::make_channel<message>({.capacity = 16});
+          auto [tx, rx] = test::make_channel<message>({.capacity = 16});
           asio::post(own, [&] { flag = true; });
           for (; count < 1'000; ++count) {
             co_await tx.send(count);
@@ -196,11 +196,11 @@ TEST_CASE("a ready await does not suspend: in an asio::awaitable, of any executo
     asio::co_spawn(
         context.get_executor(),
         [](asio::io_context& own, bool& flag, message& count) -> asio::awaitable<void, executor> {
-          auto [tx, rx] = strait::make_channel<message>({.capacity = 16});
+          auto [tx, rx] = test::make_channel<message>({.capacity = 16});
           asio::post(own, [&] { flag = true; });
           for (; count < 1'000; ++count) {
-            co_await strait::send<executor>(tx, count);
-            const auto got = co_await strait::recv<executor>(rx);
+            co_await strait::rebind_executor<executor>(tx.send(count));
+            const auto got = co_await strait::rebind_executor<executor>(rx.recv());
             if (got != count) throw std::runtime_error{"wrong message"};
             if (flag) throw std::runtime_error{"suspended"};
           }
@@ -214,20 +214,20 @@ TEST_CASE("a ready await does not suspend: in an asio::awaitable, of any executo
 
 TEST_CASE("awaitables of other executors wait as well") {
   asio::io_context context{1};
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 2});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 2});
   message got = 0;
   using plain = asio::io_context::executor_type;
   using strand = asio::strand<asio::io_context::executor_type>;
   asio::co_spawn(
       context.get_executor(),
       [](strait::sender<message> own) -> asio::awaitable<void, plain> {
-        for (message i = 0; i < 5'000; ++i) co_await strait::send<plain>(own, i);
+        for (message i = 0; i < 5'000; ++i) co_await strait::rebind_executor<plain>(own.send(i));
       }(std::move(tx)),
       rethrow);
   asio::co_spawn(
       asio::make_strand(context.get_executor()),
       [](strait::receiver<message> own, message& next) -> asio::awaitable<void, strand> {
-        while (const auto value = co_await strait::recv<strand>(own)) {
+        while (const auto value = co_await strait::rebind_executor<strand>(own.recv())) {
           if (*value != next++) throw std::runtime_error{"out of order"};
         }
       }(std::move(rx), got),
@@ -249,7 +249,7 @@ bare_coroutine bare_produce(strait::sender<message> tx, message count) {
 }  // namespace
 
 TEST_CASE("a coroutine that knows neither Asio nor strait waits in the hub in whose turn it runs") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 4});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 4});
   std::atomic<message> got{0};
   bool done = false;
   SUBCASE("begun by a task") {
@@ -278,7 +278,7 @@ TEST_CASE("a coroutine that knows neither Asio nor strait waits in the hub in wh
 }
 
 TEST_CASE("where there is no hub, what is ready goes on and what has to wait fails with no_hub") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 2});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 2});
   message rounds = 0;
   std::error_code receiving;
   std::error_code sending;
@@ -311,7 +311,7 @@ TEST_CASE("where there is no hub, what is ready goes on and what has to wait fai
 }
 
 TEST_CASE("a task that is awaited where there is no hub fails in the same way") {
-  auto [tx, rx] = strait::make_channel<message>();
+  auto [tx, rx] = test::make_channel<message>();
   std::error_code failed;
   [](strait::receiver<message>& in, std::error_code& error) -> bare_coroutine {
     try {
@@ -327,7 +327,7 @@ TEST_CASE("a task that is awaited where there is no hub fails in the same way") 
 // -----------------------------------------------------------------------------------------------
 
 TEST_CASE("the receiver closes: every form of a send says closed") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 4});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 4});
   CHECK(tx.try_send(message{1}));
   rx.close();
   CHECK(tx.is_closed());
@@ -367,7 +367,7 @@ TEST_CASE("the receiver closes: every form of a send says closed") {
 }
 
 TEST_CASE("the sender closes: what it sent is delivered, then every form of a receive is empty without an error") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 4});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 4});
   CHECK(tx.try_send(message{1}));
   tx.close();
   CHECK_FALSE(rx.is_closed());
@@ -413,7 +413,7 @@ TEST_CASE("handles that closed or were moved from say so in every form") {
   CHECK(code_of([&] { tx.blocking_send(1); }) == strait::errc::closed);
   CHECK_FALSE(rx.try_recv());
   CHECK_FALSE(rx.blocking_recv());
-  auto [other_tx, other_rx] = strait::make_channel<message>();
+  auto [other_tx, other_rx] = test::make_channel<message>();
   tx = std::move(other_tx);
   rx = std::move(other_rx);
   CHECK(code_of([&] { (void)other_tx.try_send(message{1}); }) == strait::errc::closed);
@@ -432,7 +432,7 @@ TEST_CASE("handles that closed or were moved from say so in every form") {
 
 TEST_CASE("recv(ec) and its kin never throw, not even when they are cancelled") {
   asio::io_context context{1};
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 2});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 2});
   std::vector<std::error_code> told;
   asio::cancellation_signal stop;
   asio::co_spawn(
@@ -470,7 +470,7 @@ TEST_CASE("recv(ec) and its kin never throw, not even when they are cancelled") 
 
 TEST_CASE("async_send and async_recv take every completion token") {
   asio::io_context context{1};
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 1});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 1});
   int steps = 0;
 
   SUBCASE("callbacks") {
@@ -498,10 +498,8 @@ TEST_CASE("async_send and async_recv take every completion token") {
           std::error_code error = std::make_error_code(std::errc::io_error);
           value = co_await strait::async_recv(in, asio::redirect_error(asio::use_awaitable, error));
           count += value == 2 && !error;
-          const auto [sent] =
-              co_await strait::async_send(out, message{3}, asio::experimental::as_tuple(asio::use_awaitable));
-          const auto [received, third] =
-              co_await strait::async_recv(in, asio::experimental::as_tuple(asio::use_awaitable));
+          const auto [sent] = co_await strait::async_send(out, message{3}, moved::as_tuple(asio::use_awaitable));
+          const auto [received, third] = co_await strait::async_recv(in, moved::as_tuple(asio::use_awaitable));
           count += !sent && !received && third == 3;
           out.close();
           value = co_await strait::async_recv(in, asio::use_awaitable);
@@ -524,8 +522,8 @@ TEST_CASE("async_send and async_recv take every completion token") {
     CHECK(code_of([&] { refused.get(); }) == strait::errc::closed);
   }
   SUBCASE("deferred: nothing happens before it is called") {
-    auto receive = strait::async_recv(rx, asio::experimental::deferred);
-    auto send = strait::async_send(tx, message{8}, asio::experimental::deferred);
+    auto receive = strait::async_recv(rx, moved::deferred);
+    auto send = strait::async_send(tx, message{8}, moved::deferred);
     context.run();
     CHECK(rx.depth() == 0);
     std::move(send)(asio::bind_executor(context, [&](std::error_code error) {
@@ -578,7 +576,7 @@ TEST_CASE("async_send and async_recv take every completion token") {
 
 TEST_CASE("an operation is begun again from within its own handler") {
   asio::io_context context{1};
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 4});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 4});
   message received = 0;
   message sent = 0;
   std::function<void()> receive = [&] {
@@ -607,7 +605,7 @@ TEST_CASE("an operation is begun again from within its own handler") {
 
 TEST_CASE("a cancelled operation took nothing and sent nothing") {
   asio::io_context context{1};
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 1});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 1});
   asio::cancellation_signal stop;
   std::vector<std::error_code> told;
   strait::async_recv(
@@ -648,7 +646,7 @@ TEST_CASE("a cancelled operation took nothing and sent nothing") {
 TEST_CASE("send_many and recv_many: every batch size across the wrap") {
   for (const std::size_t capacity : {1U, 2U, 8U, 16U}) {
     for (std::size_t size = 1; size <= 2 * capacity + 1; ++size) {
-      auto [tx, rx] = strait::make_channel<message>({.capacity = capacity});
+      auto [tx, rx] = test::make_channel<message>({.capacity = capacity});
       message expected = 0;
       const message count = 40 * size;
       asio::io_context context{1};
@@ -675,7 +673,7 @@ TEST_CASE("send_many and recv_many: every batch size across the wrap") {
 }
 
 TEST_CASE("batches and single messages mixed") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 8});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 8});
   message sent = 0;
   message expected = 0;
   asio::io_context context{1};
@@ -731,7 +729,7 @@ TEST_CASE("batches and single messages mixed") {
 }
 
 TEST_CASE("a permit: filled in place, committed in part, or dropped as if nothing had been") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 4});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 4});
   run([](strait::sender<message>& out) -> strait::task<> {
     {
       auto dropped = co_await out.reserve(3);
@@ -756,7 +754,7 @@ TEST_CASE("a permit: filled in place, committed in part, or dropped as if nothin
 }
 
 TEST_CASE("a permit ends at the wrap: there is no gap in a span") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 4});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 4});
   for (message i = 0; i < 3; ++i) CHECK(tx.try_send(i));
   for (message i = 0; i < 3; ++i) CHECK(rx.try_recv() == i);
   CHECK_FALSE(rx.try_recv());  // an empty lane is released
@@ -772,7 +770,7 @@ TEST_CASE("a permit ends at the wrap: there is no gap in a span") {
 }
 
 TEST_CASE("peek shows without taking; release takes what was seen") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 4});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 4});
   for (message i = 0; i < 4; ++i) CHECK(tx.try_send(i));
   run([](strait::receiver<message>& in) -> strait::task<> {
     const auto seen = co_await in.peek();
@@ -790,7 +788,7 @@ TEST_CASE("peek shows without taking; release takes what was seen") {
 }
 
 TEST_CASE("a lane of one slot, in every form") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 1});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 1});
   CHECK(tx.capacity() == 1);
   CHECK(tx.try_send(message{1}));
   CHECK_FALSE(tx.try_send(message{2}));
@@ -815,7 +813,7 @@ TEST_CASE("a lane of one slot, in every form") {
 
 TEST_CASE("a deadline that passes: nothing was sent, nothing was taken") {
   for (const auto wait : {strait::wait_policy::adaptive, strait::wait_policy::busy, strait::wait_policy::park}) {
-    auto [tx, rx] = strait::make_channel<message>({.capacity = 1, .wait = wait});
+    auto [tx, rx] = test::make_channel<message>({.capacity = 1, .wait = wait});
     const auto soon = [] { return std::chrono::steady_clock::now() + 2ms; };
     const auto past = std::chrono::steady_clock::now() - 1s;
     std::error_code error;

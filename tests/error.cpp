@@ -34,6 +34,7 @@ constexpr int last = [] {
       case strait::errc::no_barrier:
       case strait::errc::no_hub:
       case strait::errc::no_permission:
+      case strait::errc::inherited:
         known = true;
     }
     if (!known) return count;

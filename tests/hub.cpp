@@ -1,6 +1,8 @@
 #include <strait/asio.hpp>
 
 #include <doctest/doctest.h>
+#include <fcntl.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,6 +15,7 @@
 #include <asio/io_context.hpp>
 #include <asio/local/connect_pair.hpp>
 #include <asio/local/stream_protocol.hpp>
+#include <asio/posix/stream_descriptor.hpp>
 #include <asio/post.hpp>
 #include <asio/read.hpp>
 #include <asio/steady_timer.hpp>
@@ -378,6 +381,76 @@ TEST_CASE("one of two waiters of a parked end is cancelled: the other is still w
   REQUIRE(eventually([&] { return thread.returned(); }));
   CHECK(cancelled == asio::error::operation_aborted);
   CHECK(value_of_other == 7);
+}
+
+TEST_CASE("a context that its owner drives in steps of its own") {
+  // Each step returns when it likes, so that no turn comes to its end within one.
+  const std::array<std::function<void(asio::io_context&)>, 4> steps{
+      [](asio::io_context& context) { context.poll(); }, [](asio::io_context& context) { context.poll_one(); },
+      [](asio::io_context& context) { context.run_one(); },
+      [](asio::io_context& context) { context.run_for(std::chrono::milliseconds{1}); }};
+  for (const auto wait : {strait::wait_policy::adaptive, strait::wait_policy::park}) {
+    for (const auto& step : steps) {
+      asio::io_context context{1};
+      auto [tx, rx] = strait::make_channel<message>({.capacity = 4, .wait = wait});
+      std::atomic<message> got{0};
+      strait::spawn(context, count_all(rx, got));
+      std::thread other{[&tx] {
+        for (message i = 0; i < 300; ++i) {
+          tx.blocking_send(i);
+          if (i % 100 == 99) std::this_thread::sleep_for(std::chrono::milliseconds{1});  // it parks meanwhile
+        }
+        tx.close();
+      }};
+      while (!context.stopped()) step(context);
+      other.join();
+      CHECK(got == 300);
+    }
+  }
+}
+
+TEST_CASE("a context is stopped and goes on later: nothing is lost") {
+  asio::io_context context{1};
+  watched_channel<message> channel{{.capacity = 16, .wait = strait::wait_policy::park}};
+  std::atomic<message> got{0};
+  bool stop_within = false;
+  strait::spawn(context,
+                [](asio::io_context& own, strait::receiver<message>& rx, std::atomic<message>& count,
+                   const bool& stop) -> strait::task<> {
+                  while (const auto value = co_await rx.recv()) {
+                    if (*value != count) throw std::runtime_error{"out of order"};
+                    ++count;
+                    if (stop) own.stop();
+                  }
+                }(context, channel.rx, got, stop_within));
+  message sent = 0;
+  for (int round = 0; round < 20; ++round) {
+    {
+      // Stopped while it sleeps ...
+      runner thread{context};
+      REQUIRE(eventually([&] { return thread.sleeps_with(*channel.receiver_word); }));
+      context.stop();
+      REQUIRE(eventually([&] { return thread.returned(); }));
+    }
+    // ... and what comes then is there when it goes on.
+    for (int i = 0; i < 3; ++i) channel.tx.blocking_send(sent++);
+    CHECK(got == sent - 3);
+    context.restart();
+    context.poll();
+    CHECK(got == sent);
+    // Stopped by the coroutine itself, in a turn that has more to do.
+    stop_within = true;
+    for (int i = 0; i < 3; ++i) channel.tx.blocking_send(sent++);
+    while (got != sent) {
+      context.restart();
+      context.run();
+    }
+    stop_within = false;
+    context.restart();
+  }
+  channel.tx.close();
+  context.run();
+  CHECK(got == sent);
 }
 
 TEST_CASE("an executor that tracks work does not keep run() from returning") {
@@ -865,6 +938,27 @@ TEST_CASE("a context is destroyed with operations that wait: everything is freed
   CHECK(full.rx.try_recv() == 1);
 }
 
+TEST_CASE("a thread pool is stopped and destroyed with operations that wait") {
+  auto [tx, unread] = strait::make_channel<message>({.capacity = 1});
+  auto [unsent, rx] = strait::make_channel<message>({.capacity = 1});
+  CHECK(tx.try_send(message{1}));
+  auto held = std::make_shared<int>(0);
+  {
+    asio::thread_pool pool{2};
+    std::atomic<int> begun{0};
+    strait::spawn(pool.get_executor(),
+                  [](strait::receiver<message>& from, std::shared_ptr<int>, std::atomic<int>& count) -> strait::task<> {
+                    ++count;
+                    (void)co_await from.recv();
+                  }(rx, held, begun));
+    strait::async_send(tx, message{2}, asio::bind_executor(asio::make_strand(pool), [held](std::error_code) {}));
+    REQUIRE(eventually([&] { return begun == 1; }));
+    pool.stop();
+    pool.join();
+  }
+  CHECK(held.use_count() == 1);
+}
+
 TEST_CASE("a context may be destroyed after the handles that its operations name") {
   asio::io_context context{1};
   const auto held = std::make_shared<int>(0);
@@ -1288,6 +1382,74 @@ TEST_CASE("sleepers that are always due again do not keep a channel from its tur
   }
 }
 
+TEST_CASE("tasks that yield take turns, in one order, without a sleep, an allocation or an end of the turn") {
+  asio::io_context context{1};
+  std::string order;
+  const auto letters = [](std::string& into, char letter) -> strait::task<> {
+    for (int i = 0; i < 100; ++i) {
+      into += letter;
+      co_await strait::yield();
+    }
+  };
+  for (const char letter : {'a', 'b', 'c'}) strait::spawn(context, letters(order, letter));
+  context.run();
+  std::string expected;
+  for (int i = 0; i < 100; ++i) expected += "abc";
+  CHECK(order == expected);
+}
+
+TEST_CASE("a task that always yields starves neither a timer, nor a channel, nor the context's own handlers") {
+  asio::io_context context{1};
+  auto [tx, rx] = strait::make_channel<int>({.capacity = 4});
+  bool stop = false;
+  int heard = 0;
+  strait::spawn(context, [](const bool& end) -> strait::task<> {
+    while (!end) co_await strait::yield();
+  }(stop));
+  strait::spawn(context, [](strait::receiver<int>& from, int& got) -> strait::task<> {
+    while (co_await from.recv()) ++got;
+  }(rx, heard));
+  asio::steady_timer timer{context};
+  int fired = 0;
+  const std::function<void()> again = [&] {
+    timer.expires_after(std::chrono::microseconds{100});
+    timer.async_wait([&](const std::error_code& error) {
+      CHECK(!error);
+      CHECK(tx.try_send(1));
+      if (++fired < 50) return again();
+      tx.close();
+      stop = true;
+    });
+  };
+  again();
+  context.run();
+  CHECK(fired == 50);
+  CHECK(heard == 50);
+}
+
+TEST_CASE("a task that yielded and is destroyed with its context, or before it, is not resumed") {
+  auto context = std::make_unique<asio::io_context>(1);
+  int resumed = 0;
+  bool destroyed = false;
+  struct flag {
+    bool& set;
+    ~flag() { set = true; }
+  };
+  strait::spawn(*context, [](int& count, bool& gone) -> strait::task<> {
+    const flag mine{gone};
+    for (;;) {
+      ++count;
+      co_await strait::yield();
+    }
+  }(resumed, destroyed));
+  context->poll_one();
+  CHECK(resumed > 0);
+  const int before = resumed;
+  context.reset();
+  CHECK(destroyed);
+  CHECK(resumed == before);
+}
+
 TEST_CASE("a sleep of no length lets the others have their turn") {
   asio::io_context context{1};
   bool stop = false;
@@ -1307,4 +1469,172 @@ TEST_CASE("a sleep of no length lets the others have their turn") {
   context.run();
   CHECK(slept);
   CHECK(handled);
+}
+
+// ---- fork ----------------------------------------------------------------------------------------------------------
+
+namespace {
+
+/// Forks as Asio asks for it. In the child: whatever `child` returns is its exit status, and it has 30 seconds for it.
+template <class Child>
+pid_t fork_with(asio::io_context& context, Child child) {
+  context.notify_fork(asio::execution_context::fork_prepare);
+  const pid_t forked = ::fork();
+  if (forked != 0) {
+    context.notify_fork(asio::execution_context::fork_parent);
+    return forked;
+  }
+  ::alarm(30);
+  context.notify_fork(asio::execution_context::fork_child);
+  ::_exit(child());
+}
+
+int exit_status(pid_t child) {
+  int status = 0;
+  REQUIRE(::waitpid(child, &status, 0) == child);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 256 + status;
+}
+
+/// Takes what comes, and tells why nothing came any more.
+strait::task<> take_all(strait::receiver<message>& rx, message& got, std::optional<std::error_code>& ended) {
+  std::error_code error;
+  while (const auto value = co_await rx.recv(error)) ++got;
+  ended = error;
+}
+
+strait::task<> give_all(strait::sender<message>& tx, std::optional<std::error_code>& ended) {
+  std::error_code error;
+  for (message i = 0; !error; ++i) co_await tx.send(i, error);
+  ended = error;
+}
+
+}  // namespace
+
+TEST_CASE("the child of a fork goes on with its context, and with none of its parent's channels") {
+  for (const auto wait : {strait::wait_policy::park, strait::wait_policy::busy}) {
+    const std::string name = "posix:strait-test-fork-" + std::to_string(::getpid());
+    const strait::channel_options options{.capacity = 8, .wait = wait};
+    auto tx = strait::open_sender<message>(name + "-1", options);
+    auto rx = strait::open_receiver<message>(name + "-1", options);
+    auto full_tx = strait::open_sender<message>(name + "-2", options);
+    auto full_rx = strait::open_receiver<message>(name + "-2", options);
+    auto [own_tx, own_rx] = strait::make_channel<message>(options);
+    asio::io_context context{1};
+    message got = 0;
+    message own_got = 0;
+    std::optional<std::error_code> received;
+    std::optional<std::error_code> sent;
+    std::optional<std::error_code> own_ended;
+    strait::spawn(context, take_all(rx, got, received));
+    strait::spawn(context, give_all(full_tx, sent));
+    strait::spawn(context, take_all(own_rx, own_got, own_ended));
+    for (int i = 0; i < 20; ++i) context.poll_one();  // all three wait; a busy hub would never let poll() return
+    REQUIRE(full_rx.depth() == 8);
+
+    const pid_t child = fork_with(context, [&] {
+      bool slept = false;
+      strait::spawn(context, [](bool& done) -> strait::task<> {
+        co_await strait::sleep_for(std::chrono::milliseconds{2});
+        done = true;
+      }(slept));
+      own_tx.blocking_send(1);
+      own_tx.close();
+      // A channel of the child's own, under a name of its own.
+      auto new_tx = strait::open_sender<message>(name + "-child", options);
+      auto new_rx = strait::open_receiver<message>(name + "-child", options);
+      message new_got = 0;
+      std::optional<std::error_code> new_ended;
+      strait::spawn(context, take_all(new_rx, new_got, new_ended));
+      for (message i = 0; i < 5; ++i) new_tx.blocking_send(i);
+      new_tx.close();
+      context.run();
+      if (received != strait::errc::inherited || got != 0) return 1;
+      if (sent != strait::errc::inherited) return 2;
+      if (!own_ended || *own_ended || own_got != 1) return 3;
+      if (!slept) return 4;
+      if (!new_ended || *new_ended || new_got != 5) return 5;
+      // Every other form says so, too, and changes nothing.
+      std::error_code error;
+      (void)rx.try_recv(error);
+      if (error != strait::errc::inherited) return 6;
+      full_tx.blocking_send(99, error);
+      if (error != strait::errc::inherited) return 7;
+      rx.close();
+      tx.close();
+      full_tx.close();
+      full_rx.close();
+      return 0;
+    });
+
+    // Meanwhile, in the parent, it is as if nothing had been.
+    for (message i = 0; i < 5; ++i) tx.blocking_send(i);
+    tx.close();
+    own_tx.close();
+    CHECK(exit_status(child) == 0);
+    for (message i = 0; i < 20; ++i) {
+      while (full_rx.depth() == 0) context.poll_one();
+      CHECK(full_rx.try_recv() == i);
+    }
+    full_rx.close();
+    context.run();
+    CHECK(got == 5);
+    CHECK(received == std::error_code{});
+    CHECK(sent == strait::errc::closed);
+    CHECK(own_ended == std::error_code{});
+    CHECK(own_got == 0);
+  }
+}
+
+TEST_CASE("a fork from within a task: both go on behind it") {
+  asio::io_context context{1};
+  auto [tx, rx] = strait::make_channel<message>({.capacity = 1, .wait = strait::wait_policy::park});
+  pid_t child = -1;
+  std::atomic<message> got{0};
+  strait::spawn(context, count_all(rx, got));
+  strait::spawn(context, [](asio::io_context& own, strait::sender<message> out, pid_t& forked) -> strait::task<> {
+    co_await out.send(0);
+    own.notify_fork(asio::execution_context::fork_prepare);
+    forked = ::fork();
+    if (forked == 0) ::alarm(30);
+    own.notify_fork(forked == 0 ? asio::execution_context::fork_child : asio::execution_context::fork_parent);
+    for (message i = 1; i < 100; ++i) {
+      co_await out.send(i);
+      if (i % 10 == 0) co_await strait::sleep_for(std::chrono::microseconds{10});
+    }
+  }(context, std::move(tx), child));
+  context.run();
+  if (child == 0) ::_exit(got == 100 ? 0 : 1);
+  CHECK(got == 100);
+  CHECK(exit_status(child) == 0);
+}
+
+TEST_CASE("the child's hub does not take the bells of its parent's") {
+  asio::io_context context{1};
+  watched_channel<message> channel{{.capacity = 16, .wait = strait::wait_policy::park}};
+  std::atomic<message> got{0};
+  strait::spawn(context, count_all(channel.rx, got));
+  context.poll();  // it sleeps
+  std::array<int, 2> line{};
+  REQUIRE(::pipe2(line.data(), O_CLOEXEC) == 0);
+  const pid_t child = fork_with(context, [&] {
+    asio::posix::stream_descriptor end{context, line[0]};
+    bool told = false;
+    end.async_wait(asio::posix::stream_descriptor::wait_read, [&](std::error_code) { told = true; });
+    while (!told) context.run_one();
+    return got == 0 ? 0 : 1;
+  });
+  {
+    runner thread{context};
+    // If both read one eventfd, the child would take some of these.
+    for (message i = 0; i < 200; ++i) {
+      REQUIRE(eventually([&] { return thread.sleeps_with(*channel.receiver_word); }));
+      channel.tx.blocking_send(i);
+      REQUIRE(eventually([&] { return got == i + 1; }));
+    }
+    channel.tx.close();
+  }
+  CHECK(::write(line[1], "x", 1) == 1);
+  CHECK(exit_status(child) == 0);
+  ::close(line[0]);
+  ::close(line[1]);
 }

@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <sched.h>
@@ -19,6 +20,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -58,6 +60,8 @@ struct test_segment {
   std::size_t bytes = segment_bytes;
   unsigned permissions = 0600;
   strait::page_wishes pages = {};
+  std::optional<unsigned> group = std::nullopt;
+  std::chrono::steady_clock::time_point deadline{};
   /// What is to be done with one that is there.
   verdict judgement = verdict::enter;
 
@@ -66,6 +70,7 @@ struct test_segment {
     plan.bytes = bytes;
     plan.mode = permissions;
     plan.pages = pages;
+    plan.group = group;
     plan.fill = [](std::byte* memory) { std::memcpy(memory, mark.data(), mark.size()); };
     const auto checked = [](std::span<const std::byte> header) {
       if (header.size() < mark.size() || std::memcmp(header.data(), mark.data(), mark.size()) != 0) {
@@ -74,7 +79,7 @@ struct test_segment {
       return segment_bytes;
     };
     return strait::open_segment(
-        name, mode, plan, mark.size(),
+        name, mode, deadline, plan, mark.size(),
         [&](std::span<const std::byte> header, std::uint64_t, const strait::file_locks&) {
           checked(header);
           return judgement;
@@ -336,6 +341,38 @@ TEST_CASE("memory: transparent huge pages are had on request, or the report says
   CHECK(later.shortfall.find("when they are touched") != std::string::npos);
 }
 
+TEST_CASE("memory: memory that is handed over has huge pages, too, and is no longer than they are") {
+  const strait::memory_name name{.scheme = strait::memory_scheme::handed_over, .name = "/tmp/strait-test"};
+  for (const auto kind : {strait::page_kind::transparent, strait::page_kind::huge}) {
+    strait::segment_plan plan;
+    plan.bytes = segment_bytes;
+    plan.pages.kind = kind;
+    plan.fill = [](std::byte* memory) { std::memcpy(memory, mark.data(), mark.size()); };
+    strait::unshared_descriptor memory;
+    const auto made = strait::make_sealed_segment(name, plan, memory);
+    const auto report = made.map.report();
+    const std::size_t page = std::max(report.page_bytes, std::size_t{2} << 20);
+    MESSAGE(strait::to_string(kind), ": ", report.page_bytes, ", ", report.transparent_bytes, " of ", report.bytes,
+            " bytes; ", report.shortfall);
+    struct ::stat file{};
+    REQUIRE(::fstat(memory.get(), &file) == 0);
+    CHECK((file.st_size == segment_bytes || static_cast<std::size_t>(file.st_size) == page));
+    CHECK((report.page_bytes > base_page() || report.transparent_bytes == report.bytes || !report.shortfall.empty()));
+    const auto entered = strait::enter_sealed_segment(name, memory.get(), mark.size(),
+                                                      [](std::span<const std::byte>) { return segment_bytes; }, {});
+    CHECK(text_of(entered) == mark);
+    CHECK(entered.map.size() == segment_bytes);
+    // Longer than the header says by anything else.
+    plan.bytes = report.bytes + 1;
+    strait::unshared_descriptor longer;
+    (void)strait::make_sealed_segment(name, plan, longer);
+    check_refused(errc::layout_mismatch, {"expected a segment of " + std::to_string(segment_bytes)}, [&] {
+      (void)strait::enter_sealed_segment(name, longer.get(), mark.size(),
+                                         [](std::span<const std::byte>) { return segment_bytes; }, {});
+    });
+  }
+}
+
 TEST_CASE("memory: huge pages that were set aside are used, and without them there is a fallback that is told") {
   const auto report = strait::mapping::anonymous(segment_bytes, {.kind = strait::page_kind::huge}).report();
   MESSAGE(report.page_bytes, " bytes a page; ", report.shortfall);
@@ -444,10 +481,13 @@ TEST_CASE_TEMPLATE("memory: a segment appears whole, and its gate is held", memo
   CHECK(made.created);
   CHECK(made.map.size() == segment_bytes);
   CHECK(text_of(made) == mark);
-  struct ::stat file{};
-  REQUIRE(::stat(name.path().c_str(), &file) == 0);
-  CHECK(file.st_size == segment_bytes);
-  CHECK(file.st_blocks * 512 >= static_cast<::off_t>(segment_bytes));  // really there, not a hole
+  CHECK(state_of(name).bytes.size() >= segment_bytes);
+  if (!name.is_system_v()) {
+    struct ::stat file{};
+    REQUIRE(::stat(name.path().c_str(), &file) == 0);
+    CHECK(file.st_size == segment_bytes);
+    CHECK(file.st_blocks * 512 >= static_cast<::off_t>(segment_bytes));  // really there, not a hole
+  }
   CHECK((::fcntl(made.locks.descriptor(), F_GETFD) & FD_CLOEXEC) != 0);
 
   // The next comer waits at the gate, and sees the same memory.
@@ -479,10 +519,10 @@ TEST_CASE_TEMPLATE("memory: create and open say what they expected of the name",
     auto made = test_segment{.name = parsed, .mode = open_mode::create}.open();
     CHECK(made.created);
   }
-  const auto before = state_of(name.path());
+  const auto before = state_of(name);
   check_refused(std::error_code{EEXIST, std::system_category()}, {name.text(), "no channel", "found one"},
                 [&] { (void)test_segment{.name = parsed, .mode = open_mode::create}.open(); });
-  CHECK(state_of(name.path()) == before);
+  CHECK(state_of(name) == before);
   CHECK_FALSE(test_segment{.name = parsed, .mode = open_mode::open}.open().created);
   CHECK_FALSE(test_segment{.name = parsed}.open().created);
 }
@@ -516,8 +556,76 @@ TEST_CASE_TEMPLATE("memory: the mode is what was asked for, whatever the umask",
     struct ::stat file{};
     REQUIRE(::stat(name.path().c_str(), &file) == 0);
     CHECK((file.st_mode & 07777U) == mode);
+    CHECK((state_of(name).mode & 07777U) == mode);  // of a System V segment, beside its companion
   }
   ::umask(before);
+}
+
+TEST_CASE_TEMPLATE("memory: what is to be opened is waited for, until the deadline", memory, STRAIT_NAMED_MEMORIES) {
+  using clock = std::chrono::steady_clock;
+  const channel_name name{"patience", memory::scheme};
+  const auto parsed = strait::parse_memory_name(name.text());
+  const auto deadline = clock::now() + std::chrono::milliseconds{20};
+  check_refused(std::error_code{ENOENT, std::system_category()}, {name.text(), "an existing channel"},
+                [&] { (void)test_segment{.name = parsed, .mode = open_mode::open, .deadline = deadline}.open(); });
+  CHECK(clock::now() >= deadline);
+  std::atomic<bool> in{false};
+  std::thread waits{[&] {
+    const auto found =
+        test_segment{.name = parsed, .mode = open_mode::open, .deadline = clock::time_point::max()}.open();
+    CHECK_FALSE(found.created);
+    CHECK(text_of(found) == mark);
+    in = true;
+  }};
+  std::this_thread::yield();
+  CHECK_FALSE(in);
+  {
+    const auto made = test_segment{.name = parsed, .mode = open_mode::create}.open();
+    CHECK(made.created);
+  }
+  waits.join();
+  CHECK(in);
+}
+
+TEST_CASE("child: gives to groups" * doctest::skip()) {
+  if (!test::is_child()) return;
+  constexpr unsigned ours = 54321;
+  constexpr unsigned other = 54322;
+  constexpr ::uid_t nobody = 65534;
+  const ::gid_t member = ours;
+  REQUIRE(::setgroups(1, &member) == 0);
+  REQUIRE(::setresgid(nobody, nobody, nobody) == 0);
+  REQUIRE(::setresuid(nobody, nobody, nobody) == 0);
+  for (const std::string_view scheme : test::named_memories) {
+    CAPTURE(std::string{scheme});
+    const channel_name name{"group", scheme};
+    const auto parsed = strait::parse_memory_name(name.text());
+    const auto made = test_segment{.name = parsed, .permissions = 0660, .group = ours}.open();
+    struct ::stat file{};
+    REQUIRE(::stat(name.path().c_str(), &file) == 0);
+    CHECK(file.st_gid == ours);
+    CHECK((file.st_mode & 07777U) == 0660U);
+    if (name.is_system_v()) {
+      ::shmid_ds seen{};
+      REQUIRE(::shmctl(test::system_v_segment(test::key_of(name.bare())), IPC_STAT, &seen) == 0);
+      CHECK(seen.shm_perm.gid == ours);
+      CHECK(seen.shm_perm.mode == 0660);
+    }
+    const channel_name refused{"group-refused", scheme};
+    check_refused(
+        errc::no_permission, {refused.text(), "user 65534", "group " + std::to_string(other), "no member"},
+        [&] { (void)test_segment{.name = strait::parse_memory_name(refused.text()), .group = other}.open(); });
+    CHECK_FALSE(refused.exists());
+  }
+}
+
+TEST_CASE("memory: a segment is given to a group, if its creator is a member of it") {
+  if (::geteuid() != 0) {
+    MESSAGE("skipped: expected to be root, who can become nobody; found user ", ::geteuid());
+    return;
+  }
+  test::other_process child{"child: gives to groups"};
+  CHECK(child.finish() == 0);
 }
 
 TEST_CASE_TEMPLATE("memory: a foreign file under the name stays as it is", memory, STRAIT_NAMED_MEMORIES) {

@@ -21,6 +21,7 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -335,6 +336,30 @@ TEST_CASE("numa: huge pages that were set aside: private, and a file of hugetlbf
   const auto more = strait::mapping::anonymous(64 * huge, {.kind = strait::page_kind::huge}).report();
   CHECK(more.shortfall.find("no hugetlb pages: expected 64 free ones of 2048 KiB") != std::string::npos);
   CHECK(more.transparent_bytes == more.bytes);
+
+  // Handed over at a socket.
+  const strait::memory_name handed{.scheme = strait::memory_scheme::handed_over, .name = "/tmp/ring"};
+  {
+    strait::segment_plan plan;
+    plan.bytes = 8192;
+    plan.pages = {.node = 1, .kind = strait::page_kind::huge};
+    plan.fill = [](std::byte* memory) { *memory = std::byte{7}; };
+    strait::unshared_descriptor memory;
+    const auto made = strait::make_sealed_segment(handed, plan, memory);
+    CHECK(made.map.report().shortfall.empty());
+    CHECK(made.map.report().page_bytes == huge);
+    CHECK(nodes_of(made.map.data(), huge) == only(1));
+    const auto entered = strait::enter_sealed_segment(
+        handed, memory.get(), 64, [](std::span<const std::byte>) -> std::size_t { return 8192; }, {});
+    CHECK(*entered.map.data() == std::byte{7});
+    CHECK(entered.map.report().page_bytes == huge);
+    // More than there are: small ones, and said so.
+    plan.bytes = 64 * huge;
+    strait::unshared_descriptor other;
+    const auto fallen_back = strait::make_sealed_segment(handed, plan, other);
+    CHECK(fallen_back.map.report().page_bytes == 4096);
+    CHECK(fallen_back.map.report().shortfall.find("no hugetlb pages") != std::string::npos);
+  }
 
   REQUIRE((::mkdir("/dev/hugepages", 0755) == 0 || errno == EEXIST));
   REQUIRE(::mount("hugetlbfs", "/dev/hugepages", "hugetlbfs", 0, nullptr) == 0);

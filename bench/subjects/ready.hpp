@@ -1,5 +1,5 @@
-// The rounds of asio/ready-await, the same for strait and for Asio's channel: blocks of messages are put into the
-// channel without being timed, and what is timed are the awaits that take them out again.
+// The rounds of asio/ready-await and task/ready-await: a block of messages is put into the channel and then taken out,
+// so that everything that is awaited is ready.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,14 @@
 
 namespace bench {
 
+/// How many messages go in and out together when `left` are left, warm-up included, of which `counted` count. Fewer
+/// than any channel here has room for; no block holds both kinds.
+[[nodiscard]] constexpr std::uint64_t ready_block(std::uint64_t left, std::uint64_t counted) noexcept {
+  return std::min<std::uint64_t>(left > counted ? left - counted : left, 512);
+}
+
+/// asio/ready-await, the same for strait and for Asio's channel: messages are put into the channel without being timed,
+/// and what is timed are the awaits that take them out again.
 template <class M>
 class ready_rounds {
  public:
@@ -18,14 +26,21 @@ class ready_rounds {
     round_ = self_.next_round();
     if (!round_) return false;
     out.spoil(self_.fault());
-    left_ = round_.messages;
-    spent_ = 0;
+    left_ = round_.warm_up + round_.messages;
     return true;
   }
   /// How many messages the next block has; 0: the round is over.
   [[nodiscard]] std::uint64_t block() {
-    const std::uint64_t next = std::min<std::uint64_t>(left_, 512);
-    if (next == 0) self_.report_time(spent_);
+    if (left_ == round_.messages) {
+      self_.begin();
+      spent_ = 0;
+    }
+    if (left_ == 0) {
+      self_.done();
+      self_.report_time(spent_);
+      return 0;
+    }
+    const std::uint64_t next = ready_block(left_, round_.messages);
     left_ -= next;
     return next;
   }

@@ -28,6 +28,8 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <span>
+#include <string_view>
 #include <system_error>
 #include <tuple>
 #include <type_traits>
@@ -81,10 +83,13 @@ hub& hub_for(const Executor& executor) {
   }
 }
 
-/// An operation that waits on a hub on behalf of a completion handler. `Step` has `end()`, `look(alone)` and
+/// An operation that waits on a hub on behalf of a completion handler. `Step` has `waiting()`, the operation, and
 /// `invoke(handler, aborted)`.
+///
+/// What waits itself on the hub is found and freed there when the context is destroyed; what waits through others, as a
+/// selection does, is entered as a root for as long as it waits.
 template <class Step, class Handler>
-class handler_wait final : public hub_waiter {
+class handler_wait final : public hub_waiter, private hub_root {
  public:
   static void start(Step step, Handler&& handler) {
     const auto executor = asio::get_associated_executor(handler, asio::system_executor{});
@@ -98,7 +103,7 @@ class handler_wait final : public hub_waiter {
         if (type != asio::cancellation_type::none) made->cancel();
       });
     }
-    where.wait(*made);
+    made->wait();
   }
 
  private:
@@ -119,13 +124,47 @@ class handler_wait final : public hub_waiter {
 
   handler_wait(hub& where, Step step, Handler&& handler, const executor_type& executor)
       : where_{where}, step_{std::move(step)}, handler_{std::move(handler)}, work_{executor} {
-    end = step_.end();
-    ready = [](hub_waiter& self, bool alone) noexcept { return static_cast<handler_wait&>(self).step_.look(alone); };
+    ready = [](hub_waiter& self, bool alone) noexcept {
+      return static_cast<handler_wait&>(self).step_.waiting().look(alone);
+    };
     complete = [](hub_waiter& self) {
       auto& me = static_cast<handler_wait&>(self);
+      me.waits_no_more();
       asio::dispatch(me.work_.get_executor(), delivery{&me, false});
     };
     abandon = [](hub_waiter& self) noexcept { static_cast<handler_wait&>(self).dismantle(); };
+    destroy = [](hub_root& self) noexcept { static_cast<handler_wait&>(self).dismantle(); };
+  }
+
+  using operation_type = std::remove_reference_t<decltype(std::declval<Step&>().waiting())>;
+  static constexpr bool waits_through_others = requires(operation_type& operation) { operation.forsake(); };
+
+  /// When it waits, its memory is gone as soon as another thread completes it.
+  void wait() {
+    if constexpr (!waits_through_others) {
+      (void)step_.waiting().wait(wait_place{where_}, *this);
+    } else {
+      where_.add_root(*this);
+      bool waits = false;
+      try {
+        if constexpr (std::is_constructible_v<asio::any_io_executor, const executor_type&>) {
+          const asio::any_io_executor executor{work_.get_executor()};
+          waits = step_.waiting().wait(wait_place{where_, &executor}, *this);
+        } else {
+          waits = step_.waiting().wait(wait_place{where_}, *this);
+        }
+      } catch (...) {
+        waits_no_more();
+        dismantle();
+        throw;
+      }
+      if (waits) return;
+      waits_no_more();
+      asio::post(work_.get_executor(), delivery{this, false});
+    }
+  }
+  void waits_no_more() noexcept {
+    if constexpr (waits_through_others) where_.remove_root(*this, nullptr);
   }
 
   /// Gives this object's memory back and returns what is needed after that.
@@ -161,9 +200,9 @@ class handler_wait final : public hub_waiter {
   /// On the handler's executor: only here a message is taken.
   void finish(bool aborted) {
     // On the way, another operation on the same handle may have taken what this one was woken for.
-    if (!aborted && !step_.look(false)) {
-      where_.wait(*this);
-      return;
+    if (!aborted && !step_.waiting().look(false)) {
+      if (!cancelled_) return wait();
+      aborted = true;
     }
     asio::get_associated_cancellation_slot(handler_).clear();
     auto left = dismantle();
@@ -172,7 +211,10 @@ class handler_wait final : public hub_waiter {
 
   /// On the handler's executor, as Asio's cancellation asks for.
   void cancel() {
-    if (!where_.withdraw(*this)) return;  // completing already
+    cancelled_ = true;
+    // Completing already; or it will, when what it waits for has been cancelled in turn.
+    if (!step_.waiting().withdraw(where_, *this)) return;
+    waits_no_more();
     asio::post(work_.get_executor(), delivery{this, true});
   }
 
@@ -180,14 +222,14 @@ class handler_wait final : public hub_waiter {
   Step step_;
   Handler handler_;
   asio::executor_work_guard<executor_type> work_;
+  bool cancelled_ = false;
 };
 
 /// Waits until an operation can go on, and leaves it to the awaiting coroutine to do so.
 template <class Operation>
 struct until_ready {
   Operation* operation;
-  [[nodiscard]] endpoint* end() const noexcept { return operation->end(); }
-  [[nodiscard]] bool look(bool alone) noexcept { return operation->look(alone); }
+  [[nodiscard]] Operation& waiting() const noexcept { return *operation; }
   template <class Handler>
   void invoke(Handler&& handler, bool aborted) {
     std::forward<Handler>(handler)(aborted ? std::error_code{asio::error::operation_aborted} : std::error_code{});
@@ -198,8 +240,7 @@ struct until_ready {
 template <class Operation>
 struct whole {
   Operation operation;
-  [[nodiscard]] endpoint* end() const noexcept { return operation.end(); }
-  [[nodiscard]] bool look(bool alone) noexcept { return operation.look(alone); }
+  [[nodiscard]] Operation& waiting() noexcept { return operation; }
   template <class Handler>
   void invoke(Handler&& handler, bool aborted) {
     news why = news::none;
@@ -212,7 +253,9 @@ struct whole {
       }
       std::forward<Handler>(handler)(error);
     } else if (aborted) {
-      std::forward<Handler>(handler)(std::error_code{asio::error::operation_aborted}, result{});
+      result so_far{};
+      if constexpr (requires { operation.sent(); }) so_far = operation.sent();
+      std::forward<Handler>(handler)(std::error_code{asio::error::operation_aborted}, std::move(so_far));
     } else {
       result value = operation.finish(why);
       std::forward<Handler>(handler)(to_error(why), std::move(value));
@@ -223,14 +266,39 @@ struct whole {
   }
 };
 
+/// Waits for a peer, and hands it to the handler.
+template <class Operation>
+struct arriving {
+  Operation operation;
+  [[nodiscard]] Operation& waiting() noexcept { return operation; }
+  template <class Handler>
+  void invoke(Handler&& handler, bool aborted) {
+    using result = typename Operation::result;
+    if (aborted) {
+      std::forward<Handler>(handler)(std::error_code{asio::error::operation_aborted}, result{});
+      return;
+    }
+    std::exception_ptr failure;
+    result made = operation.finish(failure);
+    std::forward<Handler>(handler)(code_of(failure), std::move(made));
+  }
+};
+
+/// Begins an operation. Its executor is for what a token makes beside it, as `cancel_after` makes a timer: our operations
+/// belong to no context before a handler is there.
+struct initiation {
+  using executor_type = asio::system_executor;
+  [[nodiscard]] executor_type get_executor() const noexcept { return {}; }
+
+  template <class Handler, class Step>
+  void operator()(Handler&& handler, Step from) const {
+    handler_wait<Step, std::decay_t<Handler>>::start(std::move(from), std::forward<Handler>(handler));
+  }
+};
+
 template <class Step, class Signature, class Token>
 auto start(Step step, Token&& token) {
-  return asio::async_initiate<Token, Signature>(
-      [](auto&& handler, Step from) {
-        using handler_type = std::decay_t<decltype(handler)>;
-        handler_wait<Step, handler_type>::start(std::move(from), std::forward<decltype(handler)>(handler));
-      },
-      token, std::move(step));
+  return asio::async_initiate<Token, Signature>(initiation{}, token, std::move(step));
 }
 
 }  // namespace detail
@@ -266,8 +334,11 @@ struct asio_suspension {
 /// is the end of the stream.
 ///
 /// The completion runs on the handler's associated executor, which also decides whose hub waits; a handler without one
-/// gets Asio's system executor. Waits: in that hub. Cancel safety: with a cancellation slot, as `recv`: nothing is taken.
-/// Allocates: from the handler's associated allocator. Errors: as `recv`, and `asio::error::operation_aborted`.
+/// gets Asio's system executor. Never within this call.
+///
+/// Waits: in that hub. Cancel safety: with a cancellation slot, as `recv`: nothing is taken. Allocates: one block from the
+/// handler's associated allocator, or from Asio's cache. Errors: as `recv`, and `asio::error::operation_aborted`.
+/// Complexity: constant.
 template <class T, class Token>
 auto async_recv(receiver<T>& from, Token&& token) {
   using operation = typename receiver<T>::template recv_operation<>;
@@ -275,8 +346,36 @@ auto async_recv(receiver<T>& from, Token&& token) {
       detail::whole<operation>{operation{from, {}}}, std::forward<Token>(token));
 }
 
+/// Takes as many messages as are there and fit; any completion token. Signature: `void(std::error_code, std::size_t)`:
+/// how many, 0 without an error at the end of the stream. `into` must live until then.
+///
+/// Waits: as `async_recv`. Cancel safety: as `async_recv`. Allocates: as `async_recv`. Errors: as `async_recv`.
+/// Complexity: linear in the messages.
+template <class T, class Token>
+  requires std::is_trivially_copyable_v<T>
+auto async_recv_many(receiver<T>& from, std::type_identity_t<std::span<T>> into, Token&& token) {
+  using operation = typename receiver<T>::template recv_many_operation<>;
+  return detail::start<detail::whole<operation>, void(std::error_code, std::size_t)>(
+      detail::whole<operation>{operation{from, into, {}}}, std::forward<Token>(token));
+}
+
+/// Shows the messages that are there without taking them; any completion token. Signature:
+/// `void(std::error_code, std::span<const T>)`; empty without an error is the end of the stream.
+///
+/// Waits: as `async_recv`. Cancel safety: as `async_recv`. Allocates: as `async_recv`. Errors: as `async_recv`.
+/// Complexity: constant.
+template <class T, class Token>
+  requires std::is_trivially_copyable_v<T>
+auto async_peek(receiver<T>& from, Token&& token) {
+  using operation = typename receiver<T>::template peek_operation<>;
+  return detail::start<detail::whole<operation>, void(std::error_code, std::span<const T>)>(
+      detail::whole<operation>{operation{from, {}}}, std::forward<Token>(token));
+}
+
 /// Sends one message; any completion token. Signature: `void(std::error_code)`. An error means that it was not sent.
-/// Everything else as for `async_recv`.
+///
+/// Waits: as `async_recv`, for room. Cancel safety: with a cancellation slot, as `send`: nothing is sent. Allocates: as
+/// `async_recv`. Errors: as `send`, and `asio::error::operation_aborted`. Complexity: constant.
 template <class T, class U, class Token>
 auto async_send(sender<T>& to, U&& message, Token&& token) {
   using operation = typename sender<T>::template send_operation<>;
@@ -284,18 +383,70 @@ auto async_send(sender<T>& to, U&& message, Token&& token) {
       detail::whole<operation>{operation{to, T(std::forward<U>(message)), {}}}, std::forward<Token>(token));
 }
 
-/// `recv()` for an `asio::awaitable<T, Executor>` whose executor is not Asio's default: `co_await strait::recv<Executor>(rx)`.
-template <class Executor, class T>
-[[nodiscard]] auto recv(receiver<T>& from) {
-  using operation = typename receiver<T>::template recv_operation<>;
-  return asio::awaitable<awaited<operation>, Executor>{operation{from, {}}};
+/// The same of a duplex.
+template <class In, class Out, class Token>
+auto async_recv(duplex<In, Out>& from, Token&& token) {
+  return async_recv(from.in, std::forward<Token>(token));
+}
+template <class In, class Out, class U, class Token>
+auto async_send(duplex<In, Out>& to, U&& message, Token&& token) {
+  return async_send(to.out, std::forward<U>(message), std::forward<Token>(token));
 }
 
-/// `send()` for the same: `co_await strait::send<Executor>(tx, message)`.
-template <class Executor, class T, class U>
-[[nodiscard]] auto send(sender<T>& to, U&& message) {
-  using operation = typename sender<T>::template send_operation<>;
-  return asio::awaitable<awaited<operation>, Executor>{operation{to, T(std::forward<U>(message)), {}}};
+/// Accepts the next peer; any completion token. Signature: `void(std::error_code, duplex<In, Out>)`. Everything else as
+/// for `async_recv`, and for `accept`.
+template <class In, class Out, class Token>
+auto async_accept(listener<In, Out>& at, Token&& token) {
+  using operation = decltype(at.make_operation(errors_thrown{}));
+  return detail::start<detail::arriving<operation>, void(std::error_code, duplex<In, Out>)>(
+      detail::arriving<operation>{at.make_operation(errors_thrown{})}, std::forward<Token>(token));
+}
+
+/// Connects to a listener: `async_connect<Reply, Request>(name, token)`. The attempt begins at once. Everything else as
+/// for `async_accept`, and for `connect`.
+template <class In, class Out, class Token>
+auto async_connect(std::string_view name, Token&& token, const connect_options& options = {}) {
+  using operation = arrival_operation<In, Out, std::unique_ptr<caller>, errors_thrown>;
+  return detail::start<detail::arriving<operation>, void(std::error_code, duplex<In, Out>)>(
+      detail::arriving<operation>{
+          operation{std::make_unique<caller>(name, duplex_shape_of<In, Out>, options), errors_thrown{}}},
+      std::forward<Token>(token));
+}
+
+/// Sends all messages of the span, which must live until then; any completion token. Signature:
+/// `void(std::error_code, std::size_t)`: how many were sent, which is all of them without an error.
+///
+/// Waits: as `async_send`. Cancel safety: what was sent before the cancellation stays sent, and is told. Allocates: as
+/// `async_recv`. Errors: as `async_send`. Complexity: linear in the messages.
+template <class T, class Token>
+  requires std::is_trivially_copyable_v<T>
+auto async_send_many(sender<T>& to, std::type_identity_t<std::span<const T>> messages, Token&& token) {
+  using operation = typename sender<T>::template send_many_operation<>;
+  return detail::start<detail::whole<operation>, void(std::error_code, std::size_t)>(
+      detail::whole<operation>{operation{to, messages, {}}}, std::forward<Token>(token));
+}
+
+/// Reserves room for 1 to `n` messages in the lane itself; any completion token. Signature:
+/// `void(std::error_code, strait::permit<T>)`.
+///
+/// Waits: as `async_send`. Cancel safety: nothing happened. Allocates: as `async_recv`. Errors: as `async_send`.
+/// Complexity: constant.
+template <class T, class Token>
+  requires std::is_trivially_copyable_v<T>
+auto async_reserve(sender<T>& to, std::size_t n, Token&& token) {
+  using operation = typename sender<T>::template reserve_operation<>;
+  return detail::start<detail::whole<operation>, void(std::error_code, permit<T>)>(
+      detail::whole<operation>{operation{to, n, {}}}, std::forward<Token>(token));
+}
+
+/// Any awaited operation for an `asio::awaitable<T, Executor>` whose executor is not Asio's default:
+/// `co_await strait::rebind_executor<Executor>(rx.recv())`. It suspends as little as without.
+///
+/// Waits: as the operation. Cancel safety: as the operation. Allocates: never itself. Errors: none itself. Complexity: a
+/// move of the operation.
+template <class Executor, class Operation>
+[[nodiscard]] auto rebind_executor(asio::awaitable<awaited<Operation>, asio::any_io_executor>&& operation) {
+  return asio::awaitable<awaited<Operation>, Executor>{std::move(operation)};
 }
 
 /// What `this_executor` is.
@@ -353,33 +504,51 @@ inline constexpr use_op_t use_op{};
 
 namespace detail {
 
+/// The error code that a result is or begins with; null: none.
+template <class Result>
+[[nodiscard]] const std::error_code* error_in(const Result&) noexcept {
+  return nullptr;
+}
+[[nodiscard]] inline const std::error_code* error_in(const std::error_code& error) noexcept {
+  return &error;
+}
+template <class... Rest>
+[[nodiscard]] const std::error_code* error_in(const std::tuple<std::error_code, Rest...>& results) noexcept {
+  return &std::get<0>(results);
+}
+
 /// What an operation of Asio and the coroutine that waits for it have in common, so that each may outlive the other.
 ///
-/// | phase     | entered by                                        | and then                                    |
-/// |-----------|---------------------------------------------------|---------------------------------------------|
-/// | beginning | the awaiter, which calls the initiation           |                                             |
-/// | waiting   | the awaiter, when the initiation has returned     | the coroutine is suspended                  |
-/// | done      | the handler: within the initiation, else in a turn | the coroutine goes on                      |
-/// | abandoned | the awaiter, destroyed                            | the handler only drops what it holds        |
+/// | phase     | entered by                                         | and then                                   |
+/// |-----------|----------------------------------------------------|--------------------------------------------|
+/// | beginning | the awaiter, which calls the initiation            |                                            |
+/// | waiting   | the awaiter, when the initiation has returned      | the coroutine is suspended                 |
+/// | done      | the handler: within the initiation, else in a turn; | the coroutine goes on                     |
+/// |           | a cancellation that finds nothing to cancel with   |                                            |
+/// | abandoned | the awaiter, destroyed                             | the handler only drops what it holds       |
 template <class... Results>
 class op_state final : public hub_waiter {
  public:
-  explicit op_state(hub& where, std::coroutine_handle<> awaiting) noexcept : where_{&where}, awaiting_{awaiting} {
+  explicit op_state(const wait_place& place, hub_waiter& waiter)
+      : where_{&place.where},
+        executor_{place.executor != nullptr ? *static_cast<const asio::any_io_executor*>(place.executor)
+                                            : executor_of(place.where)},
+        waiter_{&waiter} {
     complete = [](hub_waiter& self) {
       auto& me = static_cast<op_state&>(self);
       // The coroutine may have been destroyed while the handler waited for the turn. relaxed: in turns only.
       if (me.phase_.load(std::memory_order_relaxed) != phase::waiting) return;
       me.phase_.store(phase::done, std::memory_order_relaxed);
-      me.awaiting_.resume();
+      if (me.waiter_ != nullptr) me.waiter_->complete(*me.waiter_);
     };
   }
   static void* operator new(std::size_t bytes) { return allocate_frame(bytes); }
   static void operator delete(void* block) noexcept { free_frame(block); }
 
-  [[nodiscard]] hub& where() const noexcept { return *where_; }
+  [[nodiscard]] const asio::any_io_executor& executor() const noexcept { return executor_; }
   [[nodiscard]] asio::cancellation_slot slot() noexcept { return signal_.slot(); }
 
-  /// The initiation has returned. False: the operation is complete already, and nobody resumes the coroutine.
+  /// The initiation has returned. False: the operation is complete already, and nobody is told.
   [[nodiscard]] bool began() noexcept {
     phase found = phase::beginning;
     // acquire: the results, which another thread may have left.
@@ -406,27 +575,70 @@ class op_state final : public hub_waiter {
       signal_.emit(asio::cancellation_type::terminal);
     }
   }
-  [[nodiscard]] std::tuple<Results...>& results() noexcept { return *results_; }
+  /// Has the operation cancelled on its own executor, and the waiter completed when it has ended. One that cannot be
+  /// cancelled is left to itself, and counts as ended at once.
+  void cancel() {
+    cancelled_ = true;
+    references_.fetch_add(1, std::memory_order_relaxed);  // relaxed: by who holds one already
+    asio::dispatch(executor_, [mine = std::unique_ptr<op_state, releaser>{this}] {
+      // relaxed: a look; whoever was first is seen by complete().
+      if (mine->phase_.load(std::memory_order_relaxed) != phase::waiting) return;
+      if (mine->signal_.slot().has_handler()) {
+        mine->signal_.emit(asio::cancellation_type::terminal);
+      } else {
+        mine->left_alone_ = true;
+        mine->where_->resume(*mine);
+      }
+    });
+  }
+  /// Who is completed from now on; null: nobody. In turns only.
+  void tell(hub_waiter* waiter) noexcept { waiter_ = waiter; }
+
+  /// Whether it has ended. In turns only.
+  [[nodiscard]] bool done() const noexcept { return phase_.load(std::memory_order_relaxed) == phase::done; }
+  /// Whether it ended with results: not because it was cancelled, or could not be.
+  [[nodiscard]] bool succeeded_or_failed() const noexcept {
+    return done() && !left_alone_ && !(cancelled_ && aborted());
+  }
+  /// Null unless it ended with any.
+  [[nodiscard]] std::tuple<Results...>* results() noexcept {
+    return done() && !left_alone_ ? std::addressof(*results_) : nullptr;
+  }
 
   void release() noexcept {
     // acq_rel: whoever frees it has seen all that the other did with it.
     if (references_.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
   }
+  struct releaser {
+    void operator()(op_state* state) const noexcept { state->release(); }
+  };
 
  private:
   enum class phase : std::uint8_t { beginning, waiting, done, abandoned };
 
+  [[nodiscard]] bool aborted() const noexcept {
+    if constexpr (sizeof...(Results) > 0) {
+      const std::error_code* const error = error_in(std::get<0>(*results_));
+      return error != nullptr && *error == asio::error::operation_aborted;
+    } else {
+      return false;
+    }
+  }
+
   hub* where_;
-  std::coroutine_handle<> awaiting_;
+  asio::any_io_executor executor_;
+  hub_waiter* waiter_;
   asio::cancellation_signal signal_;
   std::optional<std::tuple<Results...>> results_;
   std::atomic<phase> phase_{phase::beginning};
-  /// The awaiter's and the handler's.
+  bool cancelled_ = false;
+  bool left_alone_ = false;
+  /// The awaiter's, the handler's, and that of a cancellation on its way.
   std::atomic<std::uint32_t> references_{2};
 };
 
-/// The completion handler. Its executor is the hub's, so that whatever the operation does for it, and the end, happen
-/// there.
+/// The completion handler. Its executor is the coroutine's, a task's being its hub's, so that whatever the operation does
+/// for it, and the end, happen there.
 template <class... Results>
 class op_handler {
  public:
@@ -437,7 +649,7 @@ class op_handler {
   op_handler(op_handler&& other) noexcept = default;
   op_handler& operator=(op_handler&& other) noexcept = default;
 
-  [[nodiscard]] executor_type get_executor() const noexcept { return executor_of(state_->where()); }
+  [[nodiscard]] executor_type get_executor() const noexcept { return state_->executor(); }
   [[nodiscard]] cancellation_slot_type get_cancellation_slot() const noexcept { return state_->slot(); }
 
   template <class... Arguments>
@@ -447,10 +659,7 @@ class op_handler {
   }
 
  private:
-  struct releaser {
-    void operator()(op_state<Results...>* state) const noexcept { state->release(); }
-  };
-  std::unique_ptr<op_state<Results...>, releaser> state_;
+  std::unique_ptr<op_state<Results...>, typename op_state<Results...>::releaser> state_;
 };
 
 /// Whether the first result of an operation tells that it failed.
@@ -461,12 +670,16 @@ inline constexpr bool first_tells_error<std::error_code, Rest...> = true;
 template <class... Rest>
 inline constexpr bool first_tells_error<std::exception_ptr, Rest...> = true;
 
-/// An operation of Asio that a coroutine awaits.
+/// An operation of Asio that a coroutine awaits, alone or as one of a selection.
 template <class Initiation, class Signature, class... Arguments>
 class op_awaiter;
 template <class Initiation, class... Results, class... Arguments>
 class [[nodiscard]] op_awaiter<Initiation, void(Results...), Arguments...> {
  public:
+  static constexpr bool sets_errors = true;
+  /// May stand in a selection as it is, without being moved into it, and go on beyond it.
+  static constexpr bool lendable = true;
+
   template <class I, class... A>
   explicit op_awaiter(std::error_code* error, I&& initiation, A&&... arguments)
       : initiation_{std::forward<I>(initiation)}, arguments_{std::forward<A>(arguments)...}, error_{error} {}
@@ -474,28 +687,80 @@ class [[nodiscard]] op_awaiter<Initiation, void(Results...), Arguments...> {
   op_awaiter(op_awaiter&& other)
       : initiation_{std::move(other.initiation_)}, arguments_{std::move(other.arguments_)}, error_{other.error_} {}
   op_awaiter& operator=(op_awaiter&&) = delete;
-  ~op_awaiter() {
-    if (state_ == nullptr) return;
-    state_->abandoned();
-    state_->release();
-  }
+  ~op_awaiter() { forsake(); }
 
   [[nodiscard]] bool await_ready() const noexcept { return false; }
 
   template <class Promise>
   bool await_suspend(std::coroutine_handle<Promise> awaiting) {
-    auto* state = new state_type{hub_to_wait_on(awaiting), awaiting};
-    state_ = state;
-    // From here on the handler owns its share, also when the initiation throws.
-    op_handler<std::decay_t<Results>...> handler{*state};
-    std::apply([&](Arguments&... arguments) { std::move(initiation_)(std::move(handler), std::move(arguments)...); },
-               arguments_);
+    alone_.awaiting = awaiting;
+    alone_.complete = [](hub_waiter& waiter) { static_cast<resumption&>(waiter).awaiting.resume(); };
+    const wait_place place{hub_to_wait_on(awaiting)};
+    if (state_ != nullptr) {  // it was lent, and goes on
+      state_->tell(&alone_);
+      return !state_->done();
+    }
     // A completion on another thread waits for the turn that this one is in.
-    return state->began();
+    return begin(place, alone_, [](auto& part) -> auto&& { return std::move(part); });
   }
 
-  auto await_resume() {
-    auto& results = state_->results();
+  auto await_resume() { return finish_lent(); }
+
+  // As one of a selection.
+  [[nodiscard]] bool ready_now() const noexcept { return look(false); }
+  [[nodiscard]] bool look(bool) const noexcept { return state_ != nullptr && state_->succeeded_or_failed(); }
+  [[nodiscard]] bool committed() const noexcept { return look(false); }
+  bool wait(const wait_place& place, hub_waiter& waiter) {
+    if (look(false)) return false;
+    if (state_ != nullptr) {  // it was cancelled, and begins again
+      if constexpr (!repeatable) {
+        throw std::system_error{std::make_error_code(std::errc::operation_not_supported),
+                                "expected an operation of Asio that can be copied, to begin it again; found one that "
+                                "can only be moved"};
+      }
+      forsake();
+    }
+    return begin(place, waiter, [](auto& part) {
+      using part_type = std::remove_reference_t<decltype(part)>;
+      if constexpr (repeatable) {
+        return part_type(part);
+      } else {
+        return part_type(std::move(part));
+      }
+    });
+  }
+  bool withdraw(hub&, hub_waiter&) noexcept {
+    if (state_ == nullptr || state_->done()) return true;
+    state_->cancel();
+    return false;
+  }
+  void forsake() noexcept {
+    if (state_ == nullptr) return;
+    state_->abandoned();
+    std::exchange(state_, nullptr)->release();
+  }
+
+  /// Lent, it goes on until somebody asks again.
+  bool wait_lent(const wait_place& place, hub_waiter& waiter) {
+    if (state_ == nullptr) return wait(place, waiter);
+    if (state_->done()) return false;
+    state_->tell(&waiter);
+    return true;
+  }
+  void withdraw_lent() noexcept {
+    if (state_ != nullptr) state_->tell(nullptr);
+  }
+  /// The results; after them it can be begun again.
+  auto finish_lent() {
+    struct begin_again {
+      op_awaiter& self;
+      ~begin_again() { self.forsake(); }
+    } const after{*this};
+    return finish();
+  }
+
+  auto finish() {
+    auto& results = *state_->results();
     if constexpr (first_tells_error<std::decay_t<Results>...>) {
       auto& failure = std::get<0>(results);
       if constexpr (std::is_same_v<std::decay_t<decltype(failure)>, std::error_code>) {
@@ -513,8 +778,49 @@ class [[nodiscard]] op_awaiter<Initiation, void(Results...), Arguments...> {
     }
   }
 
+  /// Ends it for a reason of somebody else's: thrown, set, or in the tuple, as its own errors are.
+  auto finish_cancelled(std::error_code why) {
+    std::tuple<std::decay_t<Results>...>* const so_far = state_ != nullptr ? state_->results() : nullptr;
+    using yielded = decltype(finish());
+    if constexpr (first_is_tuple<std::decay_t<Results>...>) {
+      yielded results = so_far != nullptr ? std::move(std::get<0>(*so_far)) : yielded{};
+      std::get<0>(results) = why;
+      return results;
+    } else {
+      if (error_ == nullptr) throw std::system_error{why, "an operation of Asio"};
+      // Whoever has errors set has one first in the results.
+      *error_ = why;
+      if constexpr (!first_tells_error<std::decay_t<Results>...>) {
+        return finish();
+      } else if constexpr (!std::is_void_v<yielded>) {
+        if (so_far == nullptr) return yielded{};
+        return std::apply([](auto&, auto&... rest) { return yield(rest...); }, *so_far);
+      }
+    }
+  }
+
  private:
   using state_type = op_state<std::decay_t<Results>...>;
+  static constexpr bool repeatable =
+      std::is_copy_constructible_v<Initiation> && (std::is_copy_constructible_v<Arguments> && ...);
+  struct resumption : hub_waiter {
+    std::coroutine_handle<> awaiting;
+  };
+  template <class... First>
+  static constexpr bool first_is_tuple = false;
+  template <class... Rest>
+  static constexpr bool first_is_tuple<std::tuple<std::error_code, Rest...>> = true;
+
+  /// `pass` makes of each part of the initiation what is given to Asio.
+  template <class Pass>
+  bool begin(const wait_place& place, hub_waiter& waiter, Pass pass) {
+    auto* state = new state_type{place, waiter};
+    state_ = state;
+    // From here on the handler owns its share, also when the initiation throws.
+    op_handler<std::decay_t<Results>...> handler{*state};
+    std::apply([&](Arguments&... arguments) { pass(initiation_)(std::move(handler), pass(arguments)...); }, arguments_);
+    return state->began();
+  }
 
   template <class... Values>
   static auto yield(Values&... values) {
@@ -529,6 +835,7 @@ class [[nodiscard]] op_awaiter<Initiation, void(Results...), Arguments...> {
   std::tuple<Arguments...> arguments_;
   std::error_code* error_;
   state_type* state_ = nullptr;
+  resumption alone_;
 };
 
 }  // namespace detail

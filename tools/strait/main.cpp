@@ -137,7 +137,7 @@ int remove(const std::vector<std::string>& names, bool stale, bool as_json) {
   };
   if (stale) {
     for (const channel_state& channel : strait::list_channels()) {
-      if (channel.condition != channel_condition::stale) continue;
+      if (channel.condition != channel_condition::stale && channel.condition != channel_condition::unfinished) continue;
       if (channel.deposited) {
         complain(fmt::format("{}: kept, its {} messages wait for a receiver; `strait rm NAME` removes it",
                              channel.name.text(), channel.depth));

@@ -61,8 +61,12 @@ std::string_view scheme_of(const channel_state& channel) {
       return "private";
     case strait::memory_scheme::posix:
       return "posix";
+    case strait::memory_scheme::system_v:
+      return "sysv";
     case strait::memory_scheme::file:
       return "file";
+    case strait::memory_scheme::handed_over:
+      return "unix";
   }
   return "unknown";
 }
