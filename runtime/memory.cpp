@@ -310,6 +310,15 @@ std::string makeshift_path(const std::string& path) {
   return directory_of(path).append(makeshift_prefix) + name.data();
 }
 
+/// Takes away the makeshift name that a creator of `path` left when it died, before or after it gave the file its own.
+/// One that lives holds the gate, or looks once more when it has it.
+void clear_makeshift(const std::string& path) {
+  const std::string makeshift = makeshift_path(path);
+  file_locks left{makeshift.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0};
+  if (left.descriptor() < 0 || !left.try_lock(gate_byte) || !still_named(makeshift, left.descriptor())) return;
+  ::unlink(makeshift.c_str());
+}
+
 /// A segment that is being made, and the names that it has too early: one on file systems without nameless files, and
 /// that of a companion whose segment is not there yet. They are taken away by the destructor.
 class nursling {
@@ -1267,6 +1276,7 @@ segment_look look_at_segment(const memory_name& name, std::size_t header_bytes) 
 
 void remove_segment(const memory_name& name, std::size_t header_bytes,
                     const std::function<void(const segment_look&)>& examine) {
+  clear_makeshift(name.path());
   for (;;) {
     if (lost_its_companion(name)) {
       // Under the gate of a new one, which goes with the nursling.

@@ -26,6 +26,7 @@
 #include <memory>
 #include <numeric>
 #include <optional>
+#include <random>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -726,6 +727,127 @@ TEST_CASE("batches and single messages mixed") {
   context.run();
   CHECK(sent >= count);
   CHECK(expected == sent);
+}
+
+namespace {
+
+/// Sends and receives in every form, in an order that `random` chooses, so that no operation has to wait; and checks each
+/// message.
+strait::task<> every_form(strait::sender<std::uint64_t>& tx, strait::receiver<std::uint64_t>& rx,
+                          std::minstd_rand random, int steps, std::uint64_t& passed) {
+  std::uint64_t sent = 0;
+  std::uint64_t taken = 0;
+  const auto upto = [&random](std::uint64_t most) { return 1 + random() % most; };
+  std::vector<std::uint64_t> many(tx.capacity());
+  for (int step = 0; step < steps; ++step) {
+    const std::uint64_t there = sent - taken;
+    // What is released late may leave less room than was taken.
+    if (random() % 2 == 0 && tx.depth() < tx.capacity()) {
+      const std::uint64_t room = tx.capacity() - tx.depth();
+      switch (random() % 5) {
+        case 0:
+          for (std::uint64_t n = upto(room); n > 0; --n) co_await tx.send(sent++);
+          break;
+        case 1:
+          CHECK(tx.try_send(sent++));
+          break;
+        case 2: {
+          const std::uint64_t n = upto(room);
+          for (std::uint64_t i = 0; i < n; ++i) many[i] = sent++;
+          const std::size_t done = co_await tx.send_many(std::span{many}.first(n));
+          CHECK(done == n);
+          break;
+        }
+        case 3: {
+          std::error_code error = std::make_error_code(std::errc::io_error);
+          co_await tx.send(sent++, error);
+          CHECK(!error);
+          break;
+        }
+        default: {
+          auto permit = co_await tx.reserve(upto(room));
+          for (std::uint64_t& each : permit.messages()) each = sent++;
+          permit.commit();
+          break;
+        }
+      }
+    } else if (there > 0) {
+      switch (random() % 5) {
+        case 0:
+          for (std::uint64_t n = upto(there); n > 0; --n) {
+            const auto message = co_await rx.recv();
+            CHECK(message == taken++);
+          }
+          break;
+        case 1:
+          CHECK(rx.try_recv() == taken++);
+          break;
+        case 2: {
+          const std::size_t n = co_await rx.recv_many(std::span{many}.first(upto(there)));
+          for (std::size_t i = 0; i < n; ++i) CHECK(many[i] == taken++);
+          break;
+        }
+        case 3: {
+          std::error_code error = std::make_error_code(std::errc::io_error);
+          const auto message = co_await rx.recv(error);
+          CHECK(!error);
+          CHECK(message == taken++);
+          break;
+        }
+        default: {
+          const std::span<const std::uint64_t> seen = co_await rx.peek();
+          const std::uint64_t n = upto(seen.size());
+          for (const std::uint64_t each : seen.first(n)) CHECK(each == taken++);
+          rx.release(n);
+          break;
+        }
+      }
+    }
+  }
+  while (taken < sent) CHECK(co_await rx.recv() == taken++);
+  passed = taken;
+}
+
+}  // namespace
+
+TEST_CASE("every form beside every other, in lanes of every size: each message once, in order") {
+  for (const std::size_t capacity : {1U, 2U, 8U, 16U, 64U, 1024U, 4096U}) {
+    asio::io_context context{1};
+    auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = capacity});
+    std::uint64_t passed = 0;
+    strait::spawn(context, every_form(tx, rx, std::minstd_rand{static_cast<unsigned>(capacity)}, 2000, passed));
+    context.run();
+    CHECK(passed > 200);
+    CHECK(tx.depth() <= capacity / 8);
+  }
+}
+
+TEST_CASE("a peer that closes between two awaited operations is seen by the second, however ready that is") {
+  asio::io_context context{1};
+  strait::spawn(context, []() -> strait::task<> {
+    auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = 64});
+    for (std::uint64_t i = 0; i < 10; ++i) co_await tx.send(i);
+    // Three are known to be there and taken at once, then the sender closes.
+    for (std::uint64_t i = 0; i < 3; ++i) CHECK(co_await rx.recv() == i);
+    tx.close();
+    for (std::uint64_t i = 3; i < 10; ++i) CHECK(co_await rx.recv() == i);
+    const auto end = co_await rx.recv();
+    CHECK(!end);
+  }());
+  strait::spawn(context, []() -> strait::task<> {
+    auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = 64});
+    for (std::uint64_t i = 0; i < 3; ++i) co_await tx.send(i);  // and 61 more are known to have room
+    rx.close();
+    std::error_code why;
+    try {
+      co_await tx.send(std::uint64_t{3});
+    } catch (const std::system_error& error) {
+      why = error.code();
+    }
+    CHECK(why == strait::errc::closed);
+    CHECK(tx.is_closed());
+  }());
+  context.run();
 }
 
 TEST_CASE("a permit: filled in place, committed in part, or dropped as if nothing had been") {
