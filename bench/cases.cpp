@@ -60,8 +60,11 @@ end::round find_size(lane& one, const job& task, const plan& how) {
     one.ends->play({.stamped = 10});
     return {.stamped = how.quick ? 30U : 120U};
   }
-  // Enough of them that the third worst is the 99th percentile.
-  if (beside_load(task.kind)) return {.warm_up = 20, .stamped = how.quick ? 30U : 300U};
+  if (beside_load(task.kind)) {
+    one.ends->play({.stamped = 10});
+    // Enough of them that the third worst is the 99th percentile.
+    return {.warm_up = 20, .stamped = how.quick ? 30U : 300U};
+  }
   std::uint64_t messages = spin ? 200 : 4'000;
   double took = 0;
   for (;;) {
@@ -112,6 +115,12 @@ double value_of(const lane& one, const job& task) {
   return 0;
 }
 
+std::string placement_of(const lane& one, const job& task, const conductor& by, memory where) {
+  if (alone(task.kind) && !beside_load(task.kind)) return "one thread";
+  const bool threads = where == memory::private_memory && one.what->may_be_alone && !alone(task.kind);
+  return by.where().words + (threads ? ", one process" : "");
+}
+
 std::string state_of(const lane& one, const job& task, bool one_cpu) {
   std::string state = "awake";
   if (task.counted == tally::syscalls) {
@@ -131,7 +140,7 @@ std::string state_of(const lane& one, const job& task, bool one_cpu) {
   return state;
 }
 
-row to_row(lane& one, const bench_case& what, const conductor& by) {
+row to_row(lane& one, const bench_case& what, const conductor& by, memory where) {
   if (!one.refused.empty()) {
     return {.kase = std::string{what.name},
             .subject = std::string{one.what->name},
@@ -142,7 +151,7 @@ row to_row(lane& one, const bench_case& what, const conductor& by) {
   const summary over_rounds = summarise(one.values);
   row result{.kase = std::string{what.name},
              .subject = std::string{one.what->name},
-             .placement = alone(what.task.kind) && !beside_load(what.task.kind) ? "one thread" : by.where().words,
+             .placement = placement_of(one, what.task, by, where),
              .state = state_of(one, what.task, by.where().one_cpu()),
              .unit = std::string{what.unit},
              .median = over_rounds.median,
@@ -239,7 +248,7 @@ std::vector<row> run_case(conductor& by, const bench_case& what, const plan& how
                                                         : best_of(one, false) < best_of(*best, false));
       if (best == nullptr || better) best = &one;
     }
-    if (best != nullptr) rows.push_back(to_row(*best, what, by));
+    if (best != nullptr) rows.push_back(to_row(*best, what, by, how.memory));
   }
   return rows;
 }

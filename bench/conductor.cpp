@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <climits>
 #include <csignal>
@@ -109,8 +110,12 @@ void conductor::serve_children() {
       if (const pid_t caller = counter_.stopped(id, status)) {
         for (pair* one : pairs_) {
           for (const auto& process : one->processes_) {
-            const auto& report = one->map_.as<control>().ends[static_cast<unsigned>(process.which)];
-            if (process.id == caller && report.counting.load(std::memory_order_seq_cst) == 1) ++one->syscalls_;
+            if (process.id != caller) continue;
+            const auto& ends = one->map_.as<control>().ends;
+            const auto counts = [&](role which) {
+              return ends[static_cast<unsigned>(which)].counting.load(std::memory_order_seq_cst) == 1;
+            };
+            if (std::ranges::any_of(one->roles_of(process), counts)) ++one->syscalls_;
           }
         }
       }
@@ -155,7 +160,8 @@ pair::pair(conductor& by, const subject& what, unsigned variant, const job& task
       label_{std::move(label)},
       task_{task},
       memory_{make_memory("strait-demo control", sizeof(control))},
-      map_{memory_.get(), sizeof(control)} {
+      map_{memory_.get(), sizeof(control)},
+      in_one_process_{task.memory == bench::memory::private_memory && what.may_be_alone && !alone(task.kind)} {
   static_assert(std::is_trivially_destructible_v<control>);
   auto& shared = *::new (static_cast<void*>(&map_.as<control>())) control;
   shared.kind = task.kind;
@@ -179,7 +185,7 @@ pair::pair(conductor& by, const subject& what, unsigned variant, const job& task
     processes_.reserve(2);
     processes_.push_back({.which = role::producer});
     start(processes_.back(), inherited.producer);
-    if (!alone(task.kind)) {
+    if (!alone(task.kind) && !in_one_process_) {
       processes_.push_back({.which = role::consumer});
       start(processes_.back(), inherited.consumer);
     }
@@ -245,16 +251,25 @@ void pair::start(process& one, const std::vector<descriptor>& inherited) {
   one.alive = true;
 }
 
+std::span<const role> pair::roles() const {
+  static constexpr std::array both{role::producer, role::consumer};
+  return std::span{both}.first(alone(task_.kind) ? 1 : 2);
+}
+
+std::span<const role> pair::roles_of(const process& one) const {
+  return in_one_process_ ? roles() : std::span{&one.which, 1};
+}
+
 bool pair::all_ready() const {
-  return std::all_of(processes_.begin(), processes_.end(), [this](const process& one) {
-    return map_.as<control>().ends[static_cast<unsigned>(one.which)].ready.load(std::memory_order_acquire) == 1;
+  return std::ranges::all_of(roles(), [this](role which) {
+    return map_.as<control>().ends[static_cast<unsigned>(which)].ready.load(std::memory_order_acquire) == 1;
   });
 }
 
 bool pair::all_finished(std::uint32_t round) const {
-  return std::all_of(processes_.begin(), processes_.end(), [this, round](const process& one) {
+  return std::ranges::all_of(roles(), [this, round](role which) {
     // acquire: pairs with the release in end::finish_last; the report is read after this.
-    return map_.as<control>().ends[static_cast<unsigned>(one.which)].finished.load(std::memory_order_acquire) == round;
+    return map_.as<control>().ends[static_cast<unsigned>(which)].finished.load(std::memory_order_acquire) == round;
   });
 }
 
@@ -268,10 +283,10 @@ std::string pair::who(const process& one) const {
 
 std::string pair::waiting_for(std::uint32_t round) const {
   std::string late;
-  for (const process& one : processes_) {
-    const auto& report = map_.as<control>().ends[static_cast<unsigned>(one.which)];
+  for (const role which : roles()) {
+    const auto& report = map_.as<control>().ends[static_cast<unsigned>(which)];
     const bool there = round == 0 ? report.ready.load() == 1 : report.finished.load() == round;
-    if (!there) late += fmt::format("{}{}", late.empty() ? "" : " and the ", role_name(one.which));
+    if (!there) late += fmt::format("{}{}", late.empty() ? "" : " and the ", role_name(which));
   }
   return fmt::format("{}: expected the {} to {} within {} s, found that it did not", label_, late,
                      round == 0 ? std::string{"be set up"} : fmt::format("finish round {}", round),

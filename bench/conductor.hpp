@@ -6,6 +6,7 @@
 #include <array>
 #include <chrono>
 #include <memory>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -62,6 +63,9 @@ class pair {
   };
 
   void start(process& one, const std::vector<descriptor>& inherited);
+  /// The ends that take part, and those that this process is.
+  [[nodiscard]] std::span<const role> roles() const;
+  [[nodiscard]] std::span<const role> roles_of(const process& one) const;
   [[nodiscard]] bool all_ready() const;
   [[nodiscard]] bool all_finished(std::uint32_t round) const;
   [[nodiscard]] bool all_ended() const;
@@ -78,6 +82,8 @@ class pair {
   descriptor memory_;
   mapping map_;
   std::vector<process> processes_;
+  /// Both ends are threads of the producer's process.
+  bool in_one_process_ = false;
   bool ending_ = false;
   std::uint64_t syscalls_ = 0;
 };

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "cases.hpp"
 #include "conductor.hpp"
@@ -35,7 +36,8 @@ message. Takes a minute or two.
   --json FILE       write every row of the table to FILE as well, as a JSON array
   --rounds N        interleaved rounds for each subject (default 9; figures that are to be published need at least 9)
   --quick           shorter rounds: to see that it works, not how fast
-  --memory NAME     where strait's channels lie: posix (default), or file, in the directory for temporary files
+  --memory NAME     where strait's channels lie: posix (default), sysv, file (in the directory for temporary files), or
+                    private (both ends are then threads of one process, pinned as the two processes are)
   --case PREFIX     only the cases whose names begin with PREFIX
   --subject PREFIX  only the subjects whose names begin with PREFIX; may be given several times
   --help            this text
@@ -71,13 +73,12 @@ options parse(int argc, char** argv) {
       chosen.plan.quick = true;
     } else if (option == "--memory") {
       const std::string_view text = value();
-      if (text == "posix") {
-        chosen.plan.memory = bench::memory::posix;
-      } else if (text == "file") {
-        chosen.plan.memory = bench::memory::file;
-      } else {
-        throw usage_error{fmt::format("--memory: expected posix or file, found '{}'", text)};
+      const auto* const found = std::ranges::find(bench::memory_names, text);
+      if (found == bench::memory_names.end()) {
+        throw usage_error{
+            fmt::format("--memory: expected one of {}, found '{}'", fmt::join(bench::memory_names, ", "), text)};
       }
+      chosen.plan.memory = static_cast<bench::memory>(found - bench::memory_names.begin());
     } else if (option == "--case") {
       chosen.case_prefix = value();
     } else if (option == "--subject") {
@@ -219,6 +220,10 @@ int demonstrate(const options& chosen) {
       chosen.plan.rounds);
   if (chosen.plan.memory == bench::memory::file) {
     fmt::print("strait's channels are files in {}.\n", std::filesystem::temp_directory_path().string());
+  } else if (chosen.plan.memory == bench::memory::system_v) {
+    fmt::print("strait's channels are in System V memory.\n");
+  } else if (chosen.plan.memory == bench::memory::private_memory) {
+    fmt::print("strait's channels are in private memory, their ends two threads of one process.\n");
   }
   if (chosen.plan.rounds < 9 || chosen.plan.quick) fmt::print("A short run: to see that it works, not how fast.\n");
   fmt::print("\n");

@@ -5,6 +5,7 @@
 // here has a name in the file system, so nothing is left behind whatever ends the conductor.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -91,8 +92,10 @@ enum class tally : std::uint32_t { nothing, syscalls, allocations };
 
 enum class role : std::uint32_t { producer, consumer };
 
-/// Where strait's channels between the processes lie.
-enum class memory : std::uint32_t { posix, file };
+/// Where strait's channels lie: between the two processes, or in one that has both ends as threads.
+enum class memory : std::uint32_t { posix, system_v, file, private_memory };
+/// What they are called on the command line.
+inline constexpr std::array<std::string_view, 4> memory_names{"posix", "sysv", "file", "private"};
 
 inline constexpr std::size_t cache_pair = 128;  // as strait's padding: x86 fetches lines in pairs
 inline constexpr std::size_t sample_limit = std::size_t{1} << 17;
@@ -191,6 +194,8 @@ class end {
   [[nodiscard]] bool one_cpu() const noexcept { return shared_.cpus[0] == shared_.cpus[1]; }
   [[nodiscard]] std::uint64_t nonce() const noexcept { return shared_.nonce; }
   [[nodiscard]] bench::memory memory() const noexcept { return shared_.memory; }
+  /// The other end, for a subject that has both in one process.
+  [[nodiscard]] end other() const noexcept { return end{shared_, producing() ? role::consumer : role::producer}; }
   /// The subject's n-th descriptor for this end.
   [[nodiscard]] int fd(int n) const noexcept { return first_descriptor + n; }
 

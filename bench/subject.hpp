@@ -36,6 +36,8 @@ struct subject {
   void (*forget_names)(std::uint64_t nonce) = nullptr;
   /// Whether the ends share a ring of `capacity_for` messages. A round that fits into it would measure one end alone.
   bool is_ring = false;
+  /// Whether it has both ends in the producer's process when its channels are to lie in private memory.
+  bool may_be_alone = false;
   /// Whether the end pins itself: a library that places its own workers is told where.
   bool pins_itself = false;
 };

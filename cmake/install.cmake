@@ -1,4 +1,4 @@
-# What `cmake --install` puts where, and the Debian package of the same: `cpack -G DEB` (docs/14-consuming.md).
+# What `cmake --install` puts where, and the Debian packages of the same: `cpack -G DEB` (docs/14-consuming.md).
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
@@ -26,26 +26,45 @@ if(NOT PROJECT_IS_TOP_LEVEL)
   return()
 endif()
 
+# Two packages: libstrait-dev for those who build with strait, and the tool, for whose package a built library is enough.
+# Whatever else a build installs does not get in by accident.
 set(CPACK_GENERATOR DEB)
-set(CPACK_PACKAGE_NAME libstrait-dev)
+set(CPACK_PACKAGE_NAME strait)
 set(CPACK_PACKAGE_VENDOR strait)
-set(CPACK_PACKAGE_CONTACT "The strait developers <strait@localhost>")
-set(CPACK_PACKAGE_DESCRIPTION_SUMMARY "shared-memory channels you can co_await, on Asio (C++20 modules)")
-# One package, of this component alone: whatever else a build installs does not get in by accident.
+set(CPACK_PACKAGE_DESCRIPTION_SUMMARY "")  # else it would stand before the summary of each package
 set(CPACK_COMPONENTS_ALL strait)
-set(CPACK_COMPONENTS_GROUPING ALL_COMPONENTS_IN_ONE)
+if(STRAIT_TOOL)
+  list(APPEND CPACK_COMPONENTS_ALL tool)
+endif()
+set(CPACK_COMPONENTS_GROUPING IGNORE)
 set(CPACK_DEB_COMPONENT_INSTALL ON)
 set(CPACK_STRIP_FILES OFF)
 set(CPACK_VERBATIM_VARIABLES ON)
 
+# Whoever makes the package answers for it, as with Debian's own tools: DEBFULLNAME and DEBEMAIL, or the account.
+set(maker "$ENV{DEBFULLNAME}")
+set(address "$ENV{DEBEMAIL}")
+foreach(name IN ITEMS "$ENV{LOGNAME}" "$ENV{USER}" root)
+  if(maker STREQUAL "")
+    set(maker "${name}")
+  endif()
+  if(address STREQUAL "" AND NOT name STREQUAL "")
+    cmake_host_system_information(RESULT host QUERY FQDN)
+    set(address "${name}@${host}")
+  endif()
+endforeach()
+set(CPACK_PACKAGE_CONTACT "${maker} <${address}>")
+
 set(CPACK_DEBIAN_FILE_NAME DEB-DEFAULT)
-set(CPACK_DEBIAN_PACKAGE_NAME libstrait-dev)
 set(CPACK_DEBIAN_PACKAGE_RELEASE 1)
-set(CPACK_DEBIAN_PACKAGE_SECTION libdevel)
 set(CPACK_DEBIAN_PACKAGE_PRIORITY optional)
-string(CONCAT CPACK_DEBIAN_PACKAGE_DESCRIPTION
-  "Channels between coroutines in two threads, two NUMA nodes or two processes, inside ordinary Asio applications.\n"
-  "This package contains the static library, the module interfaces, the header for Asio and the CMake package.")
+
+set(CPACK_DEBIAN_STRAIT_PACKAGE_NAME libstrait-dev)
+set(CPACK_DEBIAN_STRAIT_PACKAGE_SECTION libdevel)
+string(CONCAT CPACK_DEBIAN_STRAIT_DESCRIPTION
+  "shared-memory channels you can co_await, on Asio (C++20 modules)\n"
+  "Channels between coroutines in two threads, two NUMA nodes or two processes,\ninside ordinary Asio applications.\n"
+  "This package contains the static library, the module interfaces, the header for\nAsio and the CMake package.")
 # There is no program in it for dpkg-shlibdeps to look at. What the config file looks for is what is needed, and Asio
 # in exactly the version of which the library holds compiled parts.
 string(REGEX REPLACE "[0-9]+$" "" next_asio "${STRAIT_ASIO_VERSION}")
@@ -57,7 +76,16 @@ if(STRAIT_MIMALLOC)
   string(APPEND depends ", libmimalloc-dev (>= 2.0)")
 endif()
 string(APPEND depends ", pkg-config | pkgconf")
-set(CPACK_DEBIAN_PACKAGE_DEPENDS "${depends}")
+set(CPACK_DEBIAN_STRAIT_PACKAGE_DEPENDS "${depends}")
 # Whoever only unpacks or repackages it needs none of these; whoever builds with it needs all.
-set(CPACK_DEBIAN_PACKAGE_RECOMMENDS "clang-19 | clang (>= 1:19), clang-tools-19 | clang-tools (>= 1:19), cmake (>= 3.28), ninja-build")
+set(CPACK_DEBIAN_STRAIT_PACKAGE_RECOMMENDS "clang-19 | clang (>= 1:19), clang-tools-19 | clang-tools (>= 1:19), cmake (>= 3.28), ninja-build")
+set(CPACK_DEBIAN_STRAIT_PACKAGE_SUGGESTS strait)
+
+set(CPACK_DEBIAN_TOOL_PACKAGE_NAME strait)
+set(CPACK_DEBIAN_TOOL_PACKAGE_SECTION utils)
+string(CONCAT CPACK_DEBIAN_TOOL_DESCRIPTION
+  "shows the shared-memory channels of strait on this machine\n"
+  "Lists the channels between processes with their type, depth and ends, shows\ntheir rates, and removes what a crash left.")
+# The shared libraries that it is linked with, as dpkg-shlibdeps (dpkg-dev) finds them.
+set(CPACK_DEBIAN_TOOL_PACKAGE_SHLIBDEPS ON)
 include(CPack)

@@ -85,6 +85,11 @@ inline constexpr std::uint64_t ready_budget = 1024;
   return cursor % ready_budget == ready_budget - 1;
 }
 
+/// The first such cursor from this one on.
+[[nodiscard]] constexpr std::uint64_t next_turn(std::uint64_t cursor) noexcept {
+  return cursor | (ready_budget - 1);
+}
+
 /// The same for batches, which may step over that cursor each time.
 class batch_turn {
  public:
@@ -187,7 +192,19 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
       suspended_->destroy(*this);
   }
 
-  [[nodiscard, gnu::always_inline]] bool await_ready() noexcept { return operation_.ready_now(); }
+  /// Does the operation where that needs no look at anything but the lane. Here, and not in `await_resume`, because
+  /// there the paths of those who waited and those who did not meet, and the compiler knows the handle's address no
+  /// longer: a cursor is then loaded by one address and stored by another, which costs the CPU some eight cycles a message
+  /// instead of one (docs/design/streams.md).
+  [[nodiscard, gnu::always_inline]] bool await_ready() noexcept {
+    if constexpr (requires { operation_.at_once(); }) {
+      if (operation_.at_once()) [[likely]] {
+        suspended_ = &was_done_at_once;
+        return true;
+      }
+    }
+    return operation_.ready_now();
+  }
 
   template <class Promise>
   bool await_suspend(std::coroutine_handle<Promise> awaiting) {
@@ -239,6 +256,12 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
   }
 
   [[gnu::always_inline]] decltype(auto) await_resume() {
+    if constexpr (requires { operation_.at_once(); }) {
+      if (suspended_ == &was_done_at_once) [[likely]] {
+        suspended_ = nullptr;
+        return operation_.result_at_once();
+      }
+    }
     if (suspended_ != nullptr) [[unlikely]] {
       if constexpr (Operation::sets_errors) {
         if (const std::error_code cancelled = reason_to_stop()) return operation_.finish_cancelled(cancelled);
@@ -275,6 +298,9 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
     /// Asio has something to say first: that the wait was cancelled.
     void (*resume)(awaitable&);
   };
+
+  /// What `suspended_` says between `await_ready` and `await_resume` of an operation that is done.
+  static constexpr suspended_operations was_done_at_once{.destroy = [](awaitable&) noexcept {}, .resume = nullptr};
 
   Operation operation_;
   /// Null unless `suspension_` holds something: the one word that every awaited operation pays for being able to wait.
@@ -376,6 +402,8 @@ template <class T>
 inline constexpr std::uint64_t messages_ahead = sizeof(T) >= bytes_ahead ? 1 : bytes_ahead / sizeof(T);
 
 /// Calls `use` with the address of each line that a slot touches first.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: linear in the lines.
 template <class Slot, class Use>
 void for_each_line(const Slot& slot, Use use) noexcept {
   const auto* bytes = reinterpret_cast<const std::byte*>(&slot);
@@ -410,7 +438,7 @@ class [[nodiscard]] permit {
     if (n != 0) sender_->commit(n);  // an empty permit may have no sender
     messages_ = {};
   }
-  /// Sends all of them.
+  /// The same, of all of them.
   void commit() noexcept { commit(messages_.size()); }
 
  private:
@@ -438,11 +466,22 @@ class sender {
         : operation_base<send_operation, Errors>{errors}, sender_{&from}, message_{std::move(message)} {}
     using operation_base<send_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept { return sender_->ready_now(); }
+    /// Sends it if there is room, the receiver is awake and nobody's turn is due.
+    [[nodiscard, gnu::always_inline]] bool at_once() noexcept
+      requires(!Errors::set && std::is_trivially_copyable_v<T>)
+    {
+      if (!sender_->can_send_at_once()) [[unlikely]]
+        return false;
+      sender_->push(message_);
+      return true;
+    }
+    static void result_at_once() noexcept {}
     [[nodiscard]] bool look(bool) noexcept { return sender_->look(); }
     [[gnu::always_inline]] void finish(news& why) {
       if (sender_->fails(why)) [[unlikely]]
         return;
       sender_->push(std::move(message_));
+      sender_->at_once_begins();
     }
     [[nodiscard]] endpoint* end() const noexcept { return sender_->end_.get(); }
     [[nodiscard]] const std::string& end_name() const noexcept { return sender_->name(); }
@@ -521,6 +560,7 @@ class sender {
     lane_ = std::exchange(other.lane_, {});
     slots_ = std::exchange(other.slots_, nullptr);
     peer_word_ = std::exchange(other.peer_word_, &closed_word);
+    at_once_until_ = std::exchange(other.at_once_until_, 0);
     barrier_ = other.barrier_;
     batch_turn_ = other.batch_turn_;
     ending_ = std::exchange(other.ending_, news::none);
@@ -590,7 +630,8 @@ class sender {
 
   /// Sends one message, blocking the thread while there is no room.
   ///
-  /// Waits: spins, then parks on the futex. Allocates: never. Errors: as the class says. Complexity: constant.
+  /// Waits: spins, then parks on the futex. Cancel safety: only a deadline ends it, and then nothing was sent. Allocates:
+  /// never. Errors: as the class says. Complexity: constant.
   void blocking_send(T message) { block(std::move(message), nullptr, std::nullopt); }
   void blocking_send(T message, std::error_code& error) { block(std::move(message), &error, std::nullopt); }
   /// The same, until the deadline: false, or `std::errc::timed_out` in `error`, when it passed and nothing was sent.
@@ -602,6 +643,9 @@ class sender {
   }
 
   /// What was sent is still delivered; then the receiver sees the end. Idempotent.
+  ///
+  /// Waits: for a named channel at most a second, while another end enters or leaves. Cancel safety: cannot be cancelled.
+  /// Allocates: for a named channel its path. Errors: none. Complexity: constant; some system calls for a named channel.
   void close() noexcept { *this = sender{}; }
   /// Whether the receiver, or this end, closed.
   [[nodiscard]] bool is_closed() const noexcept { return !end_ || end_->peer_closed(); }
@@ -617,21 +661,28 @@ class sender {
  private:
   friend class permit<T>;
 
-  /// Room and an awake receiver: one load, two compares.
-  [[nodiscard, gnu::always_inline]] bool ready_now() noexcept {
+  [[nodiscard, gnu::always_inline]] bool receiver_is_awake() const noexcept {
     // relaxed: `closed` only has to be seen soon; what a parked receiver needs is in claim_ring.
-    if (lane_.known_room() != 0 &&
-        peer_word_->load(std::memory_order_relaxed) == static_cast<std::uint32_t>(presence::awake) &&
-        !turn_due(lane_.tail())) [[likely]] {
-      return true;
-    }
-    return !turn_due(lane_.tail()) && look();
+    return peer_word_->load(std::memory_order_relaxed) == static_cast<std::uint32_t>(presence::awake);
+  }
+
+  /// Room, nobody's turn and an awake receiver: two compares.
+  [[nodiscard, gnu::always_inline]] bool can_send_at_once() const noexcept {
+    return lane_.tail() < at_once_until_ && receiver_is_awake();
+  }
+  /// After an operation that looked: how far the next ones need not.
+  void at_once_begins() noexcept { at_once_until_ = std::min(lane_.room_until(), next_turn(lane_.tail())); }
+
+  [[nodiscard]] bool ready_now() noexcept {
+    if (turn_due(lane_.tail())) return false;
+    return (lane_.known_room() != 0 && receiver_is_awake()) || look();
   }
 
   [[nodiscard]] bool batch_ready_now() noexcept { return !batch_turn_.due(lane_.tail()) && look(); }
 
   [[gnu::noinline]] bool look() noexcept {
     const single_user::use mine{user_};
+    at_once_until_ = 0;  // what this look finds is for the operation that looks next to tell
     if (!end_) {
       ending_ = news::closed;
       return true;
@@ -701,8 +752,7 @@ class sender {
   template <class U>
   bool try_send(U&& message, std::error_code* error) {
     // The budget is for those who could suspend.
-    if (lane_.known_room() == 0 ||
-        peer_word_->load(std::memory_order_relaxed) != static_cast<std::uint32_t>(presence::awake)) [[unlikely]] {
+    if (lane_.known_room() == 0 || !receiver_is_awake()) [[unlikely]] {
       if (!look()) {
         if (error != nullptr) error->clear();
         return false;
@@ -742,6 +792,9 @@ class sender {
   lane_producer<> lane_;
   native_slot<T>* slots_ = nullptr;
   std::atomic<std::uint32_t>* peer_word_ = &closed_word;
+  /// The number of the first message for which an awaited send looks at more than the receiver's word. Never beyond the
+  /// known room, which only grows; the tail may be beyond it, after a batch.
+  std::uint64_t at_once_until_ = 0;
   store_load barrier_ = store_load::by_fence;
   batch_turn batch_turn_;
   news ending_ = news::none;
@@ -770,6 +823,19 @@ class receiver {
         : operation_base<recv_operation, Errors>{errors}, receiver_{&from} {}
     using operation_base<recv_operation, Errors>::finish;
     [[nodiscard]] bool ready_now() noexcept { return receiver_->ready_now(); }
+    /// Takes a message if one is known to be there, nobody's turn is due and no room has to be given back. It stays in
+    /// its slot for as long as that is ours.
+    [[nodiscard, gnu::always_inline]] bool at_once() noexcept
+      requires(!Errors::set && std::is_trivially_copyable_v<T>)
+    {
+      if (!receiver_->can_take_at_once()) [[unlikely]]
+        return false;
+      receiver_->take_at_once();
+      return true;
+    }
+    [[gnu::always_inline]] std::optional<T> result_at_once() const noexcept {
+      return receiver_->lane_.template last<T>(receiver_->slots_);
+    }
     [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
     void wait_begins() const noexcept { receiver_->hub_looks_ = 0; }
     [[gnu::always_inline]] std::optional<T> finish(news& why) {
@@ -777,6 +843,10 @@ class receiver {
         receiver_->take_ending(why);
         return std::nullopt;
       }
+      struct begin_after {
+        receiver& self;
+        ~begin_after() { self.at_once_begins(); }
+      } guard{*receiver_};
       return receiver_->take();
     }
     [[nodiscard]] endpoint* end() const noexcept { return receiver_->end_.get(); }
@@ -856,6 +926,7 @@ class receiver {
     if (end_ && lane_.release_pending()) lane_.publish_head();
     lane_ = std::exchange(other.lane_, {});
     slots_ = std::exchange(other.slots_, nullptr);
+    at_once_until_ = std::exchange(other.at_once_until_, 0);
     gather_ = other.gather_;
     linger_ = other.linger_;
     batch_turn_ = other.batch_turn_;
@@ -867,8 +938,8 @@ class receiver {
 
   /// Takes one message. To be awaited; yields `std::optional<T>`, empty at the end of the stream.
   ///
-  /// Waits: in the hub while there is none. Allocates: never. Errors: as the class says, thrown or set. Complexity:
-  /// constant.
+  /// Waits: in the hub while there is none. Cancel safety: a receive that is cancelled or destroyed while it waits took
+  /// nothing. Allocates: never. Errors: as the class says, thrown or set. Complexity: constant.
   [[nodiscard]] awaitable_operation<recv_operation<>> recv() {
     return awaitable_operation<recv_operation<>>{recv_operation<>{*this, {}}};
   }
@@ -879,7 +950,8 @@ class receiver {
   /// Takes as many messages as are there and fit. To be awaited; yields how many, 0 only at the end of the stream, on
   /// an error, or for an empty span.
   ///
-  /// Waits: in the hub while there is none. Allocates: never. Errors: as the class says. Complexity: linear.
+  /// Waits: in the hub while there is none. Cancel safety: as `recv`. Allocates: never. Errors: as the class says.
+  /// Complexity: linear.
   [[nodiscard]] awaitable_operation<recv_many_operation<>> recv_many(std::span<T> into)
     requires std::is_trivially_copyable_v<T>
   {
@@ -896,7 +968,8 @@ class receiver {
   /// Shows the messages that are there, where they lie, without taking them; `release` takes them. To be awaited;
   /// yields a span, empty only at the end of the stream or on an error.
   ///
-  /// Waits: in the hub while there is none. Allocates: never. Errors: as the class says. Complexity: constant.
+  /// Waits: in the hub while there is none. Cancel safety: as `recv`. Allocates: never. Errors: as the class says.
+  /// Complexity: constant.
   [[nodiscard]] awaitable_operation<peek_operation<>> peek()
     requires std::is_trivially_copyable_v<T>
   {
@@ -924,7 +997,8 @@ class receiver {
 
   /// Takes one message, blocking the thread while there is none. Empty at the end of the stream.
   ///
-  /// Waits: spins, then parks on the futex. Allocates: never. Errors: as the class says. Complexity: constant.
+  /// Waits: spins, then parks on the futex. Cancel safety: only a deadline ends it, and then nothing was taken. Allocates:
+  /// never. Errors: as the class says. Complexity: constant.
   [[nodiscard]] std::optional<T> blocking_recv() { return block(nullptr, std::nullopt); }
   [[nodiscard]] std::optional<T> blocking_recv(std::error_code& error) { return block(&error, std::nullopt); }
   /// The same, until the deadline; when it passes, `std::errc::timed_out` is thrown or set.
@@ -938,6 +1012,10 @@ class receiver {
 
   /// Senders that wait for room are told at once. Messages not taken are lost, unless another receiver enters.
   /// Idempotent.
+  ///
+  /// Waits: for a named channel at most a second, while another end enters or leaves. Cancel safety: cannot be cancelled.
+  /// Allocates: for a named channel its path. Errors: none. Complexity: constant, and some system calls for a named channel;
+  /// linear in messages that need a destructor.
   void close() noexcept {
     if (end_) *this = receiver{};
   }
@@ -954,11 +1032,12 @@ class receiver {
   [[nodiscard]] std::size_t capacity() const noexcept { return static_cast<std::size_t>(lane_.capacity()); }
 
  private:
-  [[nodiscard, gnu::always_inline]] bool ready_now() noexcept {
-    if (lane_.known() != 0 && !turn_due(lane_.head())) [[likely]]
-      return true;
-    return !turn_due(lane_.head()) && look_in_place();
-  }
+  /// A known message, and nobody's turn: one compare.
+  [[nodiscard, gnu::always_inline]] bool can_take_at_once() const noexcept { return lane_.head() < at_once_until_; }
+  /// After an operation that looked: how far the next ones need not.
+  void at_once_begins() noexcept { at_once_until_ = std::min(lane_.plain_until(), next_turn(lane_.head())); }
+
+  [[nodiscard]] bool ready_now() noexcept { return !turn_due(lane_.head()) && (lane_.known() != 0 || look_in_place()); }
 
   /// Looks, and lingers if the next message is near.
   [[gnu::noinline]] bool look_in_place() noexcept {
@@ -992,6 +1071,7 @@ class receiver {
   /// Whether there is a message, or a reason to wait no longer. `gather`: nobody is harmed by a short pause.
   [[gnu::noinline]] bool look(bool gather) noexcept {
     const single_user::use mine{user_};
+    at_once_until_ = 0;  // what this look finds may lie beside `tail`, or be less than was known
     if (lane_.known() != 0) return true;
     if (!end_) {
       ending_ = news::closed;
@@ -1051,12 +1131,23 @@ class receiver {
       receiver& self;
       ~release_after() { self.released_if_due(); }
     } guard{*this};
+    fetch_ahead();
+    return lane_.template take<T>(slots_);
+  }
+
+  /// The same for a message that is left in its slot, and whose taking releases nothing.
+  [[gnu::always_inline]] void take_at_once() {
+    const single_user::use mine{user_};
+    fetch_ahead();
+    lane_.advance();
+  }
+
+  [[gnu::always_inline]] void fetch_ahead() const noexcept {
     // Only messages that are known to be there: the sender still writes the other slots.
     if (lane_.head() % messages_a_line<T> == 0 && lane_.known() > messages_ahead<T>) {
       const auto& slot = slots_[(lane_.head() + messages_ahead<T>)&(lane_.capacity() - 1)];
       for_each_line(slot, [](const std::byte* line) { prefetch_for_reading(line); });
     }
-    return lane_.template take<T>(slots_);
   }
 
   [[gnu::always_inline]] void released_if_due() noexcept {
@@ -1116,6 +1207,9 @@ class receiver {
 
   lane_consumer<> lane_;
   native_slot<T>* slots_ = nullptr;
+  /// The number of the first message for which an awaited receive looks at more than this. Never beyond what is known to
+  /// be there; the head may be beyond it, after a batch.
+  std::uint64_t at_once_until_ = 0;
   gather_pause gather_;
   linger linger_;
   /// How often the hub has looked since it began to wait.

@@ -111,6 +111,8 @@ static_assert(sizeof(end_entry) == 2 * line_padding);
 static_assert(offsetof(end_entry, parks) == line_padding + 64);
 
 /// Counts one more in a word that only its owner writes.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
 inline void count_one(std::atomic<std::uint64_t>& counter) noexcept {
   // relaxed, and no read-modify-write: nobody else writes it, and nothing is concluded from it.
   counter.store(counter.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
@@ -158,13 +160,15 @@ enum class news : std::uint8_t { none, closed, died, corrupt, inherited };
 }
 
 /// One end of a channel: its place in the segment, and everything that is not on the path of each message.
+///
+/// What says nothing else: Waits: never. Allocates: never. Errors: none. Complexity: constant, a system call at most.
 class endpoint final : private process_watcher {
  public:
   /// Enters the named channel, creating it where the options say so.
   ///
   /// Waits: parks while another end is entering or leaving; as long as `patience` says for a channel that is to be
-  /// opened. Allocates: the segment when it is created. Errors: see
-  /// `errc` and `open_segment`; nothing is changed in a segment that is refused. Complexity: system calls.
+  /// opened. Cancel safety: cannot be cancelled. Allocates: the segment when it is created. Errors: see `errc` and
+  /// `open_segment`; nothing is changed in a segment that is refused. Complexity: system calls.
   [[nodiscard]] static std::unique_ptr<endpoint> open(role mine, std::string_view name, const message_shape& shape,
                                                       const channel_options& options);
 
@@ -201,6 +205,9 @@ class endpoint final : private process_watcher {
                                     std::uint64_t tail) noexcept;
 
   /// Makes a channel in this process's own memory.
+  ///
+  /// Waits: never. Allocates: the memory. Errors: `bad_capacity`, `no_space`, and those of the kernel. Complexity: touching
+  /// the pages dominates.
   [[nodiscard]] static std::pair<std::unique_ptr<endpoint>, std::unique_ptr<endpoint>> make_private(
       const message_shape& shape, const channel_options& options, destroy_messages destroy);
 
@@ -223,12 +230,16 @@ class endpoint final : private process_watcher {
   [[nodiscard]] inline const std::string& name() const noexcept { return text_; }
 
   /// Rings the peer, whose announcement the caller took back with `claim_ring`.
+  ///
+  /// Waits: never. Allocates: the first time for each doorbell. Errors: none. Complexity: one system call; several the first
+  /// time.
   void ring(presence parked) noexcept;
 
   /// What happened to the peer, for an end that found nothing to do. `position` is this end's cursor. After anything but
   /// `none` the caller looks at the lane once more, because the peer may have published before it left.
   ///
-  /// Waits: never. Allocates: the first time for each peer process. Complexity: a few loads of lines that rarely change.
+  /// Waits: never. Allocates: the first time for each peer process. Errors: none. Complexity: a few loads of lines that
+  /// rarely change.
   [[nodiscard]] inline news look_at_peer(std::uint64_t position) noexcept {
     // acquire: pairs with the release in look_at_line_end.
     if (const news fate = fate_.load(std::memory_order_acquire); fate != news::none) [[unlikely]]
@@ -294,6 +305,9 @@ class endpoint final : private process_watcher {
   }
 
   /// Blocks the calling thread until `ready()`, spinning first as the policy says. False: the deadline passed.
+  ///
+  /// Waits: spins, then parks on the futex. Cancel safety: only the deadline ends it; the announcement was taken back then.
+  /// Allocates: never. Errors: none. Complexity: a barrier and a system call for each park.
   template <class Ready>
   bool wait(Ready&& ready, std::optional<std::chrono::steady_clock::time_point> deadline);
 
@@ -301,7 +315,8 @@ class endpoint final : private process_watcher {
 
   /// Announces that a hub waits for this end with that doorbell; `heavy_barrier` and another look must follow.
   ///
-  /// Errors: `std::system_error` when a thread is needed and none can be had; nothing is announced then.
+  /// Waits: never. Allocates: the first time, and with each new peer. Errors: `std::system_error` when a thread is needed
+  /// and none can be had; nothing is announced then. Complexity: constant; a few system calls the first time.
   void announce_hub(std::uint64_t doorbell_number);
   /// The last look found nothing and the hub is about to sleep. False: the peer that was given the doorbell has been
   /// replaced meanwhile, so the announcement must be taken back and made again.

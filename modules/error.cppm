@@ -58,9 +58,13 @@ enum class errc {
 }
 
 /// Throws `std::system_error` with `e` and a sentence that names what was expected and what was found.
+///
+/// Waits: never. Allocates: the exception. Errors: that one. Complexity: linear in the sentence.
 [[noreturn]] void fail(errc e, const std::string& what);
 
 /// Throws `std::system_error` with the given errno and a sentence that names what was attempted.
+///
+/// Waits: never. Allocates: the exception. Errors: that one. Complexity: linear in the sentence.
 [[noreturn]] void fail_errno(int error, const std::string& what);
 
 }  // namespace strait

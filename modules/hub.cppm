@@ -32,7 +32,8 @@ class hub;
 struct hub_waiter {
   /// The end whose word the peer reads; null for one that only wants its turn.
   endpoint* end = nullptr;
-  /// Looks whether the operation can go on. `alone`: no other operation waits on this hub, so a pause harms nobody.
+  /// Looks whether the operation can go on; null: it always can. `alone`: no other operation waits on this hub, so a
+  /// pause harms nobody.
   bool (*ready)(hub_waiter& self, bool alone) noexcept = nullptr;
   /// Goes on. Called once, by the turn, when the waiter is on no list any more; `self` may be gone when it returns.
   void (*complete)(hub_waiter& self) = nullptr;
@@ -75,6 +76,8 @@ class hub {
   /// The hub whose turn this thread is in, or that of the worker that this thread is; null elsewhere.
   [[nodiscard]] static hub* current() noexcept;
   /// Makes `of_worker` the current hub of this thread outside turns.
+  ///
+  /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
   static void set_current(hub* of_worker) noexcept;
 
   /// Has the turn complete `waiter` when it is ready. From any thread; within a turn it costs a list insertion.
@@ -85,24 +88,27 @@ class hub {
   /// Takes the waiter off, if it still waits; false: it does not, it is being completed or was. The caller sees to it that
   /// `waiter` lives until then.
   ///
-  /// Waits: for the slice of a turn that runs on another thread. Allocates: never. Complexity: constant.
+  /// Waits: for the slice of a turn that runs on another thread. Cancel safety: cannot be cancelled. Allocates: never.
+  /// Errors: none. Complexity: constant.
   virtual bool withdraw(hub_waiter& waiter) noexcept = 0;
 
   /// Has the turn complete `timer` when its time has come: within a slice beside traffic, through the reactor
   /// otherwise.
   ///
-  /// Waits: for the slice of a turn that runs on another thread. Allocates: when more timers wait than ever before.
-  /// Errors: `std::bad_alloc`. Complexity: logarithmic in how many wait.
+  /// Waits: for the slice of a turn that runs on another thread. Cancel safety: cannot be cancelled. Allocates: when more
+  /// timers wait than ever before. Errors: `std::bad_alloc`. Complexity: logarithmic in how many wait.
   virtual void wait_until(hub_timer& timer) = 0;
   /// Takes the timer off, if it still waits; false: it does not.
   ///
-  /// Waits: for the slice of a turn that runs on another thread. Allocates: never. Complexity: logarithmic.
+  /// Waits: for the slice of a turn that runs on another thread. Cancel safety: cannot be cancelled. Allocates: never.
+  /// Errors: none. Complexity: logarithmic in how many wait.
   virtual bool withdraw(hub_timer& timer) noexcept = 0;
 
   /// While it lives, what waits on the hub changes by this thread only: no turn runs on another. So several waits begin
   /// or end as one; within a turn it costs nothing. Nothing is completed meanwhile.
   ///
-  /// Waits: for the slice of a turn that runs on another thread. Allocates: never. Complexity: constant.
+  /// Waits: for the slice of a turn that runs on another thread. Cancel safety: cannot be cancelled. Allocates: never.
+  /// Errors: none. Complexity: constant.
   class [[nodiscard]] visit {
    public:
     inline explicit visit(hub& of) noexcept : of_{of}, entered_{of.enter()} {}
@@ -120,7 +126,8 @@ class hub {
   /// Completes `waiter`, which is on no list, as the turn does: in place, and never beside a turn on another thread.
   /// For handlers of the hub's own context, on the thread that runs them.
   ///
-  /// Waits: for the slice of a turn that runs on another thread. Allocates: never. Errors: what leaves the coroutine.
+  /// Waits: for the slice of a turn that runs on another thread. Cancel safety: cannot be cancelled. Allocates: never.
+  /// Errors: what leaves the coroutine. Complexity: that of the coroutine.
   virtual void resume(hub_waiter& waiter) = 0;
 
   /// Whether the context is being destroyed: what waits is freed, and nothing of the context's may be asked to cancel.
@@ -128,14 +135,24 @@ class hub {
 
   /// From now on nothing but this hub uses the context (`false`), so a turn need not end for the sake of others; or
   /// something may (`true`, the first state).
+  ///
+  /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
   virtual void share(bool shared) noexcept = 0;
 
   /// No turn goes on after this; what waits stays waiting.
+  ///
+  /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
   virtual void stop() noexcept = 0;
 
   /// What nobody awaits lives from here ...
+  ///
+  /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
+  ///
+  /// Waits: for the slice of a turn that runs on another thread, and so does its end.
   virtual void add_root(hub_root& root) noexcept = 0;
   /// ... to here. `error`, if there is one, is thrown out of the context's `run()`.
+  ///
+  /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
   virtual void remove_root(hub_root& root, std::exception_ptr error) noexcept = 0;
 
  protected:
@@ -210,7 +227,6 @@ class [[nodiscard]] yield_operation {
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> awaiting) {
     turn_.awaiting = awaiting;
-    turn_.ready = [](hub_waiter&, bool) noexcept { return true; };
     turn_.complete = [](hub_waiter& waiter) { static_cast<next_turn&>(waiter).awaiting.resume(); };
     hub_to_wait_on(awaiting).wait(turn_);
   }
@@ -232,6 +248,8 @@ class [[nodiscard]] yield_operation {
 }
 
 /// A length in nanoseconds, rounded up; from 0 to what `longest` is where it is less or more than that.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
 template <class Rep, class Period>
 [[nodiscard]] std::int64_t nanoseconds_within(std::chrono::duration<Rep, Period> length, std::int64_t longest) {
   // In floating point, because hours::max() in nanoseconds would overflow.
@@ -256,8 +274,7 @@ template <class Rep, class Period>
   return sleep_operation{now + nanoseconds_within(length, latest_due - now)};
 }
 
-/// Suspends the coroutine until `when`, or for no longer than its turn takes to come where that has passed. Everything
-/// else as for `sleep_for`.
+/// The same, until `when`, or for no longer than its turn takes to come where that has passed.
 template <class Duration>
 [[nodiscard]] sleep_operation sleep_until(std::chrono::time_point<std::chrono::steady_clock, Duration> when) {
   return sleep_operation{nanoseconds_within(when.time_since_epoch(), latest_due)};

@@ -46,9 +46,13 @@ struct memory_name {
   /// What stands behind the scheme: a name, a path, or the name of a socket behind an '@'.
   std::string name;
   /// As the user would write it: `posix:orders`.
+  ///
+  /// Waits: never. Allocates: the text. Errors: `std::bad_alloc`. Complexity: linear in the name.
   [[nodiscard]] std::string text() const;
   /// Where the file is that carries its locks: `/dev/shm/orders`, for System V that of its companion; empty for memory
   /// that has no name.
+  ///
+  /// Waits: never. Allocates: the text. Errors: `std::bad_alloc`. Complexity: linear in the name.
   [[nodiscard]] std::string path() const;
   /// Whether the segment stays when its last end leaves, and is then the user's: never removed, never replaced.
   [[nodiscard]] bool outlives_its_ends() const noexcept;
@@ -71,12 +75,13 @@ enum class open_mode : std::uint8_t {
 };
 
 /// Pages of this process's address space; unmapped by the destructor.
+///
+/// Waits: never. Allocates: pages, where it is said. Errors: `no_space`, or the errno of mmap, shmat and mbind, when it is
+/// made; none afterwards. Complexity: a system call; touching is linear in the pages.
 class mapping {
  public:
   mapping() = default;
   /// Anonymous memory, placed on `node` if given, and touched.
-  ///
-  /// Waits: never. Allocates: `bytes` of pages. Errors: `no_space`, or the errno of mmap and mbind.
   [[nodiscard]] static mapping anonymous(std::size_t bytes, std::optional<unsigned> node);
   /// The first `bytes` of a file, shared and writable, placed on `node` if given. Not touched. The mapping keeps nothing
   /// of the caller's open file description, so that locks on that end when its descriptor is closed.
@@ -151,6 +156,9 @@ class unshared_descriptor {
 
 /// Locks on single bytes of a file that belong to one open file description: dropped by the kernel when the process
 /// ends, however it ends. In a child made by fork the descriptor is closed, which leaves the parent's locks alone.
+///
+/// Waits: never, but where it is said. Cancel safety: cannot be cancelled. Allocates: an entry in a list, when it is made.
+/// Errors: as `errno` has them, when it is made. Complexity: one system call.
 class file_locks {
  public:
   file_locks() = default;
@@ -160,11 +168,11 @@ class file_locks {
   [[nodiscard]] inline int descriptor() const noexcept { return descriptor_.get(); }
   /// False when another description holds the byte.
   [[nodiscard]] bool try_lock(std::uint64_t byte) noexcept;
-  /// Waits: parks in the kernel until the byte is free.
+  /// Parks in the kernel until the byte is free.
   void lock(std::uint64_t byte) noexcept;
   /// The same, but not for longer than `patience`; false: somebody holds it still.
   ///
-  /// Waits: sleeps a millisecond at a time, because the kernel's wait for a lock knows no time-out.
+  /// Sleeps a millisecond at a time, because the kernel's wait for a lock knows no time-out.
   [[nodiscard]] bool lock_within(std::uint64_t byte, std::chrono::milliseconds patience) noexcept;
   void unlock(std::uint64_t byte) noexcept;
   /// Whether another description holds the byte.
@@ -230,9 +238,9 @@ enum class verdict : std::uint8_t {
 /// before the gate is taken, to see that this is a segment at all, and once to tell how many bytes to map.
 ///
 /// Waits: parks while another end is entering or leaving; until the deadline, looking again each millisecond, for what is
-/// to be opened. Allocates: the segment. Errors: `no_space`, `no_permission`, `foreign_segment` for what is no file,
-/// `end_in_use` for a System V segment that was removed from under its ends, what `examine` throws, or the errno of the
-/// failing call. Complexity: a dozen system calls; touching the pages dominates.
+/// to be opened. Cancel safety: cannot be cancelled. Allocates: the segment. Errors: `no_space`, `no_permission`,
+/// `foreign_segment` for what is no file, `end_in_use` for a System V segment that was removed from under its ends, what
+/// `examine` throws, or the errno of the failing call. Complexity: a dozen system calls; touching the pages dominates.
 [[nodiscard]] segment open_segment(const memory_name& name, open_mode mode,
                                    std::chrono::steady_clock::time_point deadline, const segment_plan& plan,
                                    std::size_t header_bytes,
@@ -242,6 +250,8 @@ enum class verdict : std::uint8_t {
 
 /// Takes the name away if it still names the segment behind `locks`, and a System V segment with it. The gate must be
 /// held.
+///
+/// Waits: never. Allocates: the path. Errors: none; what cannot be removed stays. Complexity: a few system calls.
 void remove_name(const memory_name& name, const file_locks& locks) noexcept;
 
 /// Makes the memory of a channel that is to be handed over: a memfd, really allocated, filled, and then sealed against
@@ -273,10 +283,11 @@ struct named_file {
   std::uint64_t size = 0;
 };
 
-/// Everything in the machine's memory that may be a named segment, by name: the files in /dev/shm, and the System V
-/// segments whose companion is gone.
+/// Everything that may be a named segment, by name: the files in /dev/shm, the System V segments whose companion is gone,
+/// and those files elsewhere that a process which this user may look into holds a lock on.
 ///
-/// Waits: never. Allocates: the names. Errors: the errno of the failing call. Complexity: a system call a file.
+/// Waits: never. Allocates: the names. Errors: the errno of the failing call. Complexity: a system call a file, and two
+/// for each descriptor of those processes.
 [[nodiscard]] std::vector<named_file> named_files();
 
 /// A named segment that is looked at and not entered.
@@ -302,9 +313,9 @@ struct segment_look {
 /// Takes a segment's name away. `examine` throws when it is not to be removed; it is called before the gate is taken,
 /// because a foreign file's locks are not ours to take, and again with the gate held.
 ///
-/// Waits: at most a second, for an end that is entering or leaving. Allocates: the header. Errors: what `examine` throws,
-/// `end_in_use` when the gate is not to be had, `foreign_segment` for what is no file, `no_permission`, or the errno of
-/// the failing call. Complexity: a dozen system calls.
+/// Waits: at most a second, for an end that is entering or leaving. Cancel safety: cannot be cancelled. Allocates: the
+/// header. Errors: what `examine` throws, `end_in_use` when the gate is not to be had, `foreign_segment` for what is no
+/// file, `no_permission`, or the errno of the failing call. Complexity: a dozen system calls.
 void remove_segment(const memory_name& name, std::size_t header_bytes,
                     const std::function<void(const segment_look& look)>& examine);
 
@@ -356,7 +367,7 @@ struct system_v_companion {
 [[nodiscard]] std::size_t read_system_v(const memory_name& name, const system_v_segment& segment,
                                         std::span<std::byte> into);
 
-/// The names on the labels of all segments that this user may read.
+/// The names on the labels of all segments that this user may read and whose companions are to be in our /dev/shm.
 [[nodiscard]] std::vector<std::string> labelled_system_v();
 
 }  // namespace strait

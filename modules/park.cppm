@@ -90,9 +90,14 @@ static_assert(sizeof(std::atomic<std::uint32_t>) == 4, "a futex word has 32 bits
 
 /// Makes every store that this thread did before it visible to all, and every publication of the others that came
 /// before it visible to this thread. About a microsecond; only who is about to sleep calls it.
+///
+/// Waits: never. Allocates: never. Errors: none, where `register_barrier` succeeded. Complexity: one system call.
 void heavy_barrier(store_load kind) noexcept;
 
 /// The production policy: std::atomic, and the barriers of the kernel.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: of the light barrier a few instructions; of the other, see
+/// there.
 struct native_waiting : native_atomics {
   static inline void light_barrier(store_load kind) noexcept {
 #if defined(__SANITIZE_THREAD__) || (defined(__has_feature) && __has_feature(thread_sanitizer))
@@ -114,6 +119,8 @@ struct native_waiting : native_atomics {
 };
 
 /// The owner says that it is about to sleep. Then: heavy_barrier, look once more, and only then sleep.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
 template <class Word>
 inline void announce(Word& word, presence parked) noexcept {
   // relaxed: the heavy barrier that must follow orders it against our last look and against every sender.
@@ -121,6 +128,8 @@ inline void announce(Word& word, presence parked) noexcept {
 }
 
 /// The owner is awake again. Returns true when nobody had rung: no wake-up is on its way.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
 template <class Word>
 inline bool take_back(Word& word) noexcept {
   // acq_rel: a ringer's compare-exchange released what it published before it rang; we are about to read that.
@@ -137,7 +146,7 @@ inline bool take_back(Word& word) noexcept {
 /// A hub that waits for many ends announces in each of their words, pays one barrier, and looks at each: the same three
 /// steps in the same order.
 ///
-/// Waits: never. Allocates: never. Complexity: one barrier (a system call) and one look.
+/// Waits: never. Allocates: never. Errors: none. Complexity: one barrier (a system call) and one look.
 template <class Policy = native_waiting, class Word, class Look>
 [[nodiscard]] inline bool prepare_park(Word& word, presence parked, store_load kind, Look&& something_there) {
   announce(word, parked);
@@ -151,14 +160,17 @@ template <class Policy = native_waiting, class Word, class Look>
 /// back only to the one caller, of possibly many, that took the announcement back and so must ring; every other value
 /// is what the word holds, and nobody needs to be rung.
 ///
-/// Waits: never. Allocates: never. Complexity: one load while the owner is awake.
+/// Waits: never. Allocates: never. Errors: none. Complexity: one load while the owner is awake.
 template <class Policy = native_waiting, class Word>
 [[nodiscard]] inline presence claim_ring(Word& word, store_load kind) noexcept {
   Policy::light_barrier(kind);
   // relaxed: the barrier pair above orders it after our publication.
   std::uint32_t now = word.load(std::memory_order_relaxed);
+  // First and by itself, because it is what every message meets.
+  if (now == static_cast<std::uint32_t>(presence::awake)) [[likely]]
+    return presence::awake;
   if (now != static_cast<std::uint32_t>(presence::thread_parked) &&
-      now != static_cast<std::uint32_t>(presence::hub_parked)) [[likely]] {
+      now != static_cast<std::uint32_t>(presence::hub_parked)) {
     return static_cast<presence>(now);
   }
   // acq_rel: release hands our publication to take_back; acquire orders what the owner wrote about its doorbell before
@@ -180,6 +192,8 @@ template <class Policy = native_waiting, class Word>
 ///
 /// The owner reads the eventfd first, resets second and looks at its lanes third. A ringer that still finds the latch
 /// set comes before the reset, so its message is seen by the look; one that comes after it writes the eventfd.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
 template <class Atomics = native_atomics>
 class bell_latch {
  public:
@@ -201,14 +215,20 @@ class bell_latch {
 /// Sleeps while the word holds `parked`, until `deadline` if there is one. Returns on every signal and spurious wake.
 /// The futex is shared: the waker may be another process. `std::atomic::wait` would not do, its futex is private.
 ///
-/// Waits: parks. Allocates: never. Complexity: one system call.
+/// Waits: parks. Cancel safety: a wake ends it, and nothing else changes. Allocates: never. Errors: none; whoever sleeps
+/// looks again. Complexity: one system call.
 void futex_sleep(std::atomic<std::uint32_t>& word, presence parked,
                  std::optional<std::chrono::steady_clock::time_point> deadline) noexcept;
 
 /// Wakes every thread that sleeps on the word.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: one system call.
 void futex_wake(std::atomic<std::uint32_t>& word) noexcept;
 
 /// An eventfd by which a hub of this process is woken: a latch, readable from the first ring until `drain`.
+///
+/// Waits: never. Allocates: when it is made. Errors: `std::system_error` when it is made and no descriptor is left.
+/// Complexity: one system call at most.
 class doorbell {
  public:
   /// Makes the eventfd and enters it in this process's list under a number of its own.
@@ -292,6 +312,8 @@ struct process_identity {
 void ring_doorbell(process_identity owner, std::uint64_t number) noexcept;
 
 /// Who wants to know when a process may have ended.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: a system call or two.
 class process_watcher {
  public:
   /// Called by the sentry thread when the connection to the process ended, and again until it returns true. The end of
@@ -316,12 +338,16 @@ void watch_line(int line, process_watcher& watcher);
 
 /// After this returns, `watcher` is not called any more.
 ///
-/// Waits: for a `look` in progress. Allocates: never. Errors: none.
+/// Waits: for a `look` in progress. Cancel safety: cannot be cancelled. Allocates: never. Errors: none. Complexity: linear
+/// in the watchers of that process.
 void unwatch_process(process_watcher& watcher) noexcept;
 
 /// Lets a hub sleep on a futex: a thread that waits until `word` no longer holds `thread_parked` and then rings the
 /// hub's doorbell. For peers that do not have the doorbell: those that have not attached yet, and those that cannot be
 /// reached over a socket.
+///
+/// Waits: only the destructor, for the thread. Cancel safety: it cannot be cancelled. Allocates: when it is made. Errors:
+/// `std::system_error` when it is made and no thread can be had. Complexity: a system call for each sleep and wake.
 class futex_relay {
  public:
   futex_relay(std::atomic<std::uint32_t>& word, std::uint64_t doorbell_number);
@@ -369,6 +395,8 @@ enum class wait_policy : std::uint32_t {
 /// wake-ups. So the budget doubles when a park turned out shorter than a wake-up costs, and halves when a spin was in
 /// vain. A gap between two looks at the clock that no instruction explains means that somebody else has our CPU:
 /// there are more runnable threads than CPUs, and spinning only keeps the sender from running.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
 class spin_budget {
  public:
   spin_budget() = default;
@@ -416,6 +444,9 @@ class spin_budget {
 /// ping-pong that same moment is latency. Two messages found at once prove that their sender did not wait for an
 /// answer between them: it streams, and the pause doubles until a look brings enough to pay for itself. One message
 /// alone ends it; plenty at once says that the pause is longer than it need be.
+///
+/// Waits: spins, for `length()` PAUSEs. Cancel safety: nothing to cancel. Allocates: never. Errors: none. Complexity:
+/// constant.
 class gather_pause {
  public:
   /// In PAUSE instructions.
@@ -452,6 +483,8 @@ class gather_pause {
 /// and in ping-pong both ends pay it in each trip. So where the last messages came within a moment, it waits that moment
 /// in place. It learns: a moment spent in vain is not spent again until the hub, waiting for nobody else, finds a message
 /// that soon. And it is bounded: after so many waits in place the coroutine suspends once, for its neighbours' sake.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
 class linger {
  public:
   linger() = default;

@@ -29,6 +29,8 @@ export namespace strait {
 inline constexpr std::size_t line_padding = 128;
 
 /// Tells the CPU that this is a spin loop.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
 inline void cpu_relax() noexcept {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -38,11 +40,15 @@ inline void cpu_relax() noexcept {
 }
 
 /// Fetches the line of `address` for reading, without waiting for it.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
 inline void prefetch_for_reading(const void* address) noexcept {
   __builtin_prefetch(address, 0, 3);
 }
 
 /// Fetches the line of `address` for writing, taking it from the CPU that has it, without waiting for it.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
 inline void prefetch_for_writing(const void* address) noexcept {
 #if defined(__x86_64__)
   // The builtin emits a read prefetch for baseline x86-64, which would leave the line shared and the store waiting.
@@ -53,6 +59,8 @@ inline void prefetch_for_writing(const void* address) noexcept {
 }
 
 /// One message's place in a lane: as large as the message, constructed by the producer, taken by the consumer.
+///
+/// Waits: never. Allocates: never. Errors: what the message's constructor throws. Complexity: that of the constructor.
 template <class T>
 class native_slot {
  public:
@@ -113,6 +121,8 @@ static_assert(sizeof(lane_control<>) == 2 * line_padding);
 static_assert(offsetof(lane_control<>, head) == line_padding);
 
 /// The producer's private side of a lane. Lives in the producer's own memory; one thread at a time.
+///
+/// Waits: never. Allocates: never. Errors: `corrupt()`, and what the message's constructor throws. Complexity: constant.
 template <class Atomics = native_atomics>
 class lane_producer {
  public:
@@ -128,6 +138,8 @@ class lane_producer {
 
   /// Free slots, as far as known without looking at the consumer's line.
   [[nodiscard]] std::uint64_t known_room() const noexcept { return limit_ - tail_; }
+  /// The number of the first message for which no room is known.
+  [[nodiscard]] std::uint64_t room_until() const noexcept { return limit_; }
 
   /// Looks at the consumer's line and returns the free slots; 0, with `corrupt()` set, when `head` is impossible.
   std::uint64_t look() noexcept {
@@ -146,14 +158,17 @@ class lane_producer {
   /// Puts one message and publishes it. The caller made sure of `known_room() > 0`.
   template <class T, class U>
   void push(typename Atomics::template slot<T>* slots, U&& value) {
+    // Read once: to the compiler, the message's bytes might be those of our own members.
+    const std::uint64_t at = tail_;
+    lane_control<Atomics>& control = *control_;
     if constexpr (travels_in_line<T>) {
       const T message = std::forward<U>(value);
       std::array<std::uint64_t, words<T>> raw{};
       std::memcpy(raw.data(), &message, sizeof(T));
-      slots[tail_ & (capacity_ - 1)].put(message);
+      slots[at & (capacity_ - 1)].put(message);
       // After the slot, and right before `tail`: a consumer that polls takes the line away between two stores into it
       // when there is time, and the second then waits for the line to come back.
-      auto& copy = control_->copies[tail_ & 1];
+      auto& copy = control.copies[at & 1];
       for (std::size_t i = 0; i < words<T>; ++i) {
         // release: pairs with the acquire in lane_consumer::take. It keeps the store of `tail` that published the
         // previous message before this store, so that a consumer which reads a word of this copy also sees that
@@ -161,9 +176,11 @@ class lane_producer {
         copy[i].store(raw[i], std::memory_order_release);
       }
     } else {
-      slots[tail_ & (capacity_ - 1)].put(std::forward<U>(value));
+      slots[at & (capacity_ - 1)].put(std::forward<U>(value));
     }
-    publish(1);
+    tail_ = at + 1;
+    // release: as in publish.
+    control.tail.store(at + 1, std::memory_order_release);
   }
 
   /// Where message number `tail() + offset` goes; for batches, which end with `publish(n)`.
@@ -199,6 +216,8 @@ class lane_producer {
 };
 
 /// The consumer's private side of a lane. Lives in the consumer's own memory; one thread at a time.
+///
+/// Waits: never. Allocates: never. Errors: `corrupt()`, and what the message's constructor throws. Complexity: constant.
 template <class Atomics = native_atomics>
 class lane_consumer {
  public:
@@ -215,6 +234,12 @@ class lane_consumer {
 
   /// Messages that are there, as far as known without looking at the producer's line.
   [[nodiscard]] std::uint64_t known() const noexcept { return tail_seen_ - head_; }
+  /// The number of the first message that `advance` and `last` are not enough for: it is not known, may lie beside
+  /// `tail`, or completes an eighth of the ring.
+  [[nodiscard]] std::uint64_t plain_until() const noexcept {
+    const std::uint64_t release = published_ + stride_ - 1;
+    return lone_ ? head_ : tail_seen_ < release ? tail_seen_ : release;
+  }
 
   /// Looks at the producer's line and returns the messages there; 0, with `corrupt()` set, when `tail` is impossible.
   std::uint64_t look() noexcept {
@@ -271,6 +296,16 @@ class lane_consumer {
       }
     }
     return slots[head_++ & (capacity_ - 1)].take();
+  }
+
+  /// Takes the oldest message, of those before `plain_until()`, and leaves it in its slot ...
+  void advance() noexcept { ++head_; }
+  /// ... where it lies as long as `head` is not published.
+  template <class T>
+  [[nodiscard]] T last(typename Atomics::template slot<T>* slots) const noexcept
+    requires std::is_trivially_copyable_v<T>
+  {
+    return slots[(head_ - 1) & (capacity_ - 1)].take();
   }
 
   /// Where message number `head() + offset` lies; for batches, which end with `skip(n)`.

@@ -17,6 +17,8 @@ export namespace strait {
 class spawn_observer {
  public:
   /// `error` is what left the task, or null. Called on the thread that ran it.
+  ///
+  /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
   virtual void task_ended(std::exception_ptr error) noexcept = 0;
 
  protected:
@@ -25,9 +27,9 @@ class spawn_observer {
 
 /// Starts `what` on a hub, from any thread; nobody awaits it. If the context is destroyed first, so is the task.
 ///
-/// Waits: never. Allocates: one frame. Errors: `std::bad_alloc`. What leaves the task goes to `observer`; without one, it
-/// is thrown out of the context's `run()`. Complexity: constant.
-void spawn_on(hub& where, task<> what, spawn_observer* observer = nullptr);
+/// Waits: never. Allocates: never. Errors: what leaves the task goes to `observer`; without one, it is thrown out of the
+/// context's `run()`. Complexity: constant.
+void spawn_on(hub& where, task<> what, spawn_observer* observer = nullptr) noexcept;
 
 struct runtime_options {
   /// CPUs to run a worker on, by the system's numbers. Default: the first of each core that this process may use.
@@ -43,13 +45,14 @@ class runtime_node {
   [[nodiscard]] unsigned id() const noexcept { return id_; }
   [[nodiscard]] std::size_t worker_count() const noexcept { return count_; }
   /// The CPU of a worker.
+  ///
+  /// Waits: never. Allocates: never. Errors: `std::out_of_range` that names how many there are. Complexity: constant.
   [[nodiscard]] unsigned cpu(std::size_t worker) const;
 
   /// Starts a task on the node's next worker. It stays there. From any thread.
   ///
-  /// Waits: never. Allocates: one frame. Errors: `std::bad_alloc`; what leaves the task is thrown by `join`. Complexity:
-  /// constant.
-  void spawn(task<> what);
+  /// Waits: never. Allocates: never. Errors: what leaves the task is thrown by `join`. Complexity: constant.
+  void spawn(task<> what) noexcept;
 
  private:
   friend class runtime;
@@ -85,20 +88,26 @@ class runtime {
   [[nodiscard]] std::size_t node_count() const noexcept;
   /// The node by its place in the list, 0 to `node_count() - 1`.
   ///
-  /// Errors: `std::out_of_range` that names how many there are.
+  /// Waits: never. Allocates: never. Errors: `std::out_of_range` that names how many there are. Complexity: constant.
   [[nodiscard]] runtime_node& node(std::size_t index);
 
   /// Starts a task on the next worker of all. From any thread.
-  void spawn(task<> what);
+  ///
+  /// Waits: as a node's `spawn`. Allocates: never. Errors: none; what leaves the task is thrown by `join`. Complexity:
+  /// constant.
+  void spawn(task<> what) noexcept;
 
   /// Waits until every spawned task has ended, or `stop` was called, and stops the workers. Throws the first exception
   /// that left a task, or a handler of Asio on one of the workers.
   ///
-  /// Waits: parks this thread, which must not be a worker. Errors: that exception.
+  /// Waits: parks this thread, which must not be a worker. Cancel safety: `stop`, from another thread, ends it. Allocates:
+  /// never. Errors: that exception. Complexity: linear in the workers.
   void join();
 
   /// Has the workers stop as soon as what they are resuming suspends. Tasks that have not ended are destroyed with the
   /// runtime; messages not taken stay in their channels. From any thread.
+  ///
+  /// Waits: never. Allocates: never. Errors: none. Complexity: linear in the workers.
   void stop() noexcept;
 
  private:

@@ -26,6 +26,8 @@ export namespace strait {
 /// Waits: never. Allocates: yes. Errors: `std::bad_alloc`. Complexity: constant.
 [[nodiscard]] void* allocate_frame(std::size_t bytes);
 /// Gives it back, from any thread.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
 void free_frame(void* frame) noexcept;
 
 /// A mimalloc heap that this thread takes its frames from while the object lives. Frames may outlive it.
@@ -52,11 +54,15 @@ class task_promise_base {
 
   [[nodiscard]] inline std::suspend_always initial_suspend() const noexcept { return {}; }
 
-  /// Goes on with whoever awaited the task, without growing the stack.
+  /// Goes on with whoever awaited the task, without growing the stack; or tells whoever runs it that it has ended.
   struct final_awaiter {
     [[nodiscard]] inline bool await_ready() const noexcept { return false; }
     template <class Promise>
     [[nodiscard]] std::coroutine_handle<> await_suspend(std::coroutine_handle<Promise> finished) const noexcept {
+      if constexpr (requires { finished.promise().ended_alone(); }) {
+        // The frame may be gone when this returns.
+        if (finished.promise().ended_alone()) return std::noop_coroutine();
+      }
       return finished.promise().continuation_;
     }
     inline void await_resume() const noexcept {}
@@ -101,6 +107,31 @@ class task_promise<void> final : public task_promise_base {
   inline void result() const {
     if (error_) std::rethrow_exception(error_);
   }
+
+  /// Makes it a task that nobody awaits, in `environment`: `ended` is called at its end, once, and then the frame is the
+  /// callee's to destroy.
+  inline void run_alone(void* environment, void (*ended)(task_promise& self) noexcept) noexcept {
+    environment_ = environment;
+    ended_ = ended;
+  }
+  /// Tells of the end; false: it is awaited.
+  [[nodiscard]] inline bool ended_alone() noexcept {
+    if (ended_ == nullptr) return false;
+    ended_(*this);
+    return true;
+  }
+  /// Whether something left the task, and what.
+  [[nodiscard]] inline bool failed() const noexcept { return error_ != nullptr; }
+  [[nodiscard]] inline std::exception_ptr take_error() noexcept { return std::exchange(error_, nullptr); }
+
+  /// Room in the frame for what whoever runs it keeps of a task that nobody awaits, so that a spawn allocates nothing.
+  /// Nothing is written here in a task that is awaited.
+  static constexpr std::size_t room_bytes = 13 * sizeof(void*);
+  [[nodiscard]] inline void* room() noexcept { return room_; }
+
+ private:
+  void (*ended_)(task_promise& self) noexcept = nullptr;
+  alignas(void*) std::byte room_[room_bytes];
 };
 
 /// A coroutine that starts when it is awaited or spawned, and whose result goes to whoever awaited it.
@@ -145,6 +176,9 @@ class [[nodiscard]] task {
   [[nodiscard]] awaiter operator co_await() const& noexcept { return awaiter{frame_}; }
   [[nodiscard]] awaiter operator co_await() const&& noexcept { return awaiter{frame_}; }
 
+  /// Hands the coroutine over to who runs it without awaiting it, and from now on sees to its destruction.
+  [[nodiscard]] std::coroutine_handle<promise_type> release() && noexcept { return std::exchange(frame_, nullptr); }
+
  private:
   friend promise_type;
   explicit task(std::coroutine_handle<promise_type> frame) noexcept : frame_{frame} {}
@@ -162,6 +196,9 @@ inline task<void> task_promise<void>::get_return_object() noexcept {
 
 /// Coroutines that run beside whoever started them, and are destroyed with this object: what `task_group` and
 /// `when_all` have in common. Used by one thread at a time, as everything that runs on one hub is.
+///
+/// Waits: never. Allocates: never. Errors: those of the tasks, where it is said. Complexity: constant; linear in what is
+/// destroyed.
 class task_siblings {
  public:
   task_siblings() = default;

@@ -76,15 +76,16 @@ class topology {
   /// The machine, discovered by the first call. A program that narrows its own affinity mask should have called this
   /// before.
   ///
-  /// Waits: the first call reads /sys, milliseconds; others that come meanwhile wait for it. Allocates: the first call.
-  /// Errors: those of `discover`, from the first call; the next tries again. Complexity: constant, but for the first.
+  /// Waits: the first call reads /sys, milliseconds; others that come meanwhile wait for it. Cancel safety: cannot be
+  /// cancelled. Allocates: the first call. Errors: those of `discover`, from the first call; the next tries again.
+  /// Complexity: constant, but for the first.
   [[nodiscard]] static const topology& machine();
 
   /// Looks at the machine now. hwloc's environment variables are honoured, so that `HWLOC_SYNTHETIC="pack:2 [numa]
   /// core:4 pu:2"` gives a machine that does not exist (`is_this_machine`).
   ///
-  /// Waits: reads /sys, milliseconds. Allocates: yes. Errors: throws `std::system_error` with the errno of hwloc when
-  /// it finds no machine at all. Complexity: linear in CPUs times depth.
+  /// Waits: reads /sys, milliseconds. Cancel safety: cannot be cancelled. Allocates: yes. Errors: throws
+  /// `std::system_error` with the errno of hwloc when it finds no machine at all. Complexity: linear in CPUs times depth.
   [[nodiscard]] static topology discover();
 
   /// False when hwloc was told to describe another machine. Then nothing can be pinned.

@@ -37,8 +37,8 @@ thread_local hub* turning_hub = nullptr;
 constexpr std::int64_t slice_ns = 50'000;
 constexpr std::uint64_t looks_between_clocks = 32;
 /// Completions between two looks at the clock, at most; and how long they shall take together: a coroutine may handle a
-/// thousand messages before it suspends again, and a slice must not be exceeded by sixteen such.
-constexpr int most_completions_between_clocks = 16;
+/// thousand messages before it suspends again, and a slice must not be exceeded by many such.
+constexpr int most_completions_between_clocks = 32;
 constexpr std::int64_t between_clocks_ns = slice_ns / 8;
 
 enum class hub_state : std::uint32_t { idle, resident, parked };
@@ -198,12 +198,12 @@ class asio_hub final : public asio::execution_context::service, public hub {
   void stop() noexcept override { stopped_.store(true, std::memory_order_relaxed); }
 
   void add_root(hub_root& root) noexcept override {
-    const std::lock_guard lock{roots_mutex_};
+    const auto lock = lock_unless_turning();
     roots_.push_back(root);
   }
 
   void remove_root(hub_root& root, std::exception_ptr error) noexcept override {
-    const std::lock_guard lock{roots_mutex_};
+    const auto lock = lock_unless_turning();
     roots_.remove(root);
     if (!error || error_) return;
     error_ = std::move(error);
@@ -219,14 +219,9 @@ class asio_hub final : public asio::execution_context::service, public hub {
   void shutdown() override {
     ended_ = true;
     announced_ = false;
-    for (;;) {
-      hub_root* root = nullptr;
-      {
-        const std::lock_guard lock{roots_mutex_};
-        root = roots_.first();
-        if (root != nullptr) roots_.remove(*root);
-      }
-      if (root == nullptr) break;
+    // Not under mutex_: what they wait for is withdrawn.
+    while (hub_root* root = roots_.first()) {
+      roots_.remove(*root);
       root->destroy(*root);
     }
     absorb_inbox();
@@ -426,9 +421,6 @@ class asio_hub final : public asio::execution_context::service, public hub {
       }
       turning_hub = outer_turning;
       current_hub = outer_current;
-    }
-    {
-      const std::lock_guard lock{roots_mutex_};
       if (!error) {
         error = std::exchange(error_, nullptr);
         failed_.store(false, std::memory_order_relaxed);
@@ -462,7 +454,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
       hub_waiter& waiter = *cursor_;
       cursor_ = waiter.next;
       ++looked_;
-      if (!waiter.ready(waiter, alone)) continue;
+      if (waiter.ready != nullptr && !waiter.ready(waiter, alone)) continue;
       remove(waiter);
       ++completed;
       waiter.complete(waiter);
@@ -710,7 +702,6 @@ class asio_hub final : public asio::execution_context::service, public hub {
   /// What `turning_hub` was before the visit that holds mutex_.
   hub* outside_visit_ = nullptr;
 
-  std::mutex roots_mutex_;
   intrusive_list<hub_root> roots_;
   /// What left a coroutine of ours; the turn ends and throws it.
   std::exception_ptr error_;

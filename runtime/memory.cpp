@@ -20,6 +20,7 @@ module;
 #include <cstring>
 #include <ctime>
 #include <filesystem>
+#include <fstream>
 #include <functional>
 #include <map>
 #include <memory>
@@ -297,6 +298,15 @@ std::string makeshift_path(const std::string& path) {
   std::array<char, 40> name{};
   std::snprintf(name.data(), name.size(), "%016llx", static_cast<unsigned long long>(hash));
   return directory_of(path).append(makeshift_prefix) + name.data();
+}
+
+/// Takes away the makeshift name that a creator of `path` left when it died, before or after it gave the file its own.
+/// One that lives holds the gate, or looks once more when it has it.
+void clear_makeshift(const std::string& path) {
+  const std::string makeshift = makeshift_path(path);
+  file_locks left{makeshift.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0};
+  if (left.descriptor() < 0 || !left.try_lock(gate_byte) || !still_named(makeshift, left.descriptor())) return;
+  ::unlink(makeshift.c_str());
 }
 
 /// A segment that is being made, and the names that it has too early: one on file systems without nameless files, and
@@ -831,9 +841,16 @@ bool is_makeshift(const memory_name& name) {
 /// Whether there is a System V segment of that name, and no companion.
 bool lost_its_companion(const memory_name& name) {
   struct ::stat file{};
-  if (name.scheme != memory_scheme::system_v || ::lstat(name.path().c_str(), &file) == 0 || errno != ENOENT)
-    return false;
-  return find_system_v(name, system_v_companion::of(0), std::nullopt).has_value();
+  const auto has_none = [&] { return ::lstat(name.path().c_str(), &file) != 0 && errno == ENOENT; };
+  if (name.scheme != memory_scheme::system_v || !has_none()) return false;
+  const auto identifier = [&] {
+    const auto found = find_system_v(name, system_v_companion::of(0), std::nullopt);
+    return found ? found->identifier : -1;
+  };
+  // The same segment before and after, and no companion in between: they did not come or go meanwhile, because the
+  // companion is there first and goes last.
+  const int before = identifier();
+  return before >= 0 && has_none() && identifier() == before;
 }
 
 /// Reads the beginning and the size.
@@ -843,6 +860,49 @@ void read_beginning(const memory_name& name, const body& contents, std::size_t h
   look.unfinished = is_makeshift(name) || !beginning;
   look.header.resize(look.unfinished ? 0 : beginning->size());
   look.size = look.unfinished ? 0 : contents.size();
+}
+
+/// Where the file is that a process has open as `link`, whose target /proc gives as `path`; empty when it has no name.
+std::string current_path(const std::filesystem::path& link, const std::filesystem::path& path) {
+  namespace fs = std::filesystem;
+  std::error_code gone;
+  // The path may be that of another mount namespace.
+  if (fs::equivalent(path, link, gone)) return path.native();
+  // To its creator it is for ever the nameless file that it was, in the directory where it got its name.
+  struct ::stat file{};
+  if (!path.filename().native().starts_with('#') || ::stat(link.c_str(), &file) != 0) return {};
+  std::error_code over;
+  for (fs::directory_iterator entry{path.parent_path(), over}, end; !over && entry != end; entry.increment(over)) {
+    struct ::stat named{};
+    if (::lstat(entry->path().c_str(), &named) != 0) continue;
+    if (named.st_ino == file.st_ino && named.st_dev == file.st_dev) return entry->path().native();
+  }
+  return {};
+}
+
+/// The files outside of /dev/shm on which somebody holds locks as our ends do: those that live in `file:` channels are
+/// among them. Of processes that this user may not look into, nothing is known.
+std::set<std::string> locked_files() {
+  namespace fs = std::filesystem;
+  std::set<std::string> paths;
+  std::error_code over;  // whatever ends while we look
+  for (fs::directory_iterator process{"/proc", over}, end; !over && process != end; process.increment(over)) {
+    if (process->path().filename().native().find_first_not_of("0123456789") != std::string::npos) continue;
+    std::error_code hidden;
+    for (fs::directory_iterator file{process->path() / "fd", hidden}; !hidden && file != end; file.increment(hidden)) {
+      std::error_code gone;
+      const std::string path = fs::read_symlink(file->path(), gone).native();
+      if (gone || !path.starts_with('/') || path.starts_with(shm_directory)) continue;
+      std::ifstream facts{process->path() / "fdinfo" / file->path().filename()};
+      bool locks = false;
+      for (std::string fact; !locks && std::getline(facts, fact);) {
+        locks = fact.starts_with("lock:") && fact.find(" OFDLCK ") != std::string::npos;
+      }
+      if (locks) paths.insert(current_path(file->path(), path));
+    }
+  }
+  paths.erase(std::string{});
+  return paths;
 }
 
 }  // namespace
@@ -876,6 +936,12 @@ std::vector<named_file> named_files() {
         files, [&](const named_file& file) { return file.name.scheme == name.scheme && file.name.name == name.name; });
     if (!known) files.push_back({name, 0});
   }
+  for (const std::string& path : locked_files()) {
+    struct ::stat file{};
+    if (::lstat(path.c_str(), &file) == 0 && S_ISREG(file.st_mode)) {
+      files.push_back({{memory_scheme::file, path}, static_cast<std::uint64_t>(file.st_size)});
+    }
+  }
   std::ranges::sort(files, {}, [](const named_file& file) { return std::pair{file.name.name, file.name.scheme}; });
   return files;
 }
@@ -896,12 +962,15 @@ segment_look look_at_segment(const memory_name& name, std::size_t header_bytes) 
       if (name.scheme != memory_scheme::system_v || still_named(name.path(), look.locks.descriptor())) throw;
       continue;
     }
+    // Once more: whoever was at the gate then may have gone, and somebody else have come to remove it.
+    if (look.unfinished) look.gate_held = look.gate_held || look.locks.held_by_other(gate_byte);
     if (name.scheme != memory_scheme::system_v || still_named(name.path(), look.locks.descriptor())) return look;
   }
 }
 
 void remove_segment(const memory_name& name, std::size_t header_bytes,
                     const std::function<void(const segment_look&)>& examine) {
+  clear_makeshift(name.path());
   for (;;) {
     if (lost_its_companion(name)) {
       // Under the gate of a new one, which goes with the nursling.

@@ -12,10 +12,12 @@ module;
 #include <future>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 module strait.runtime;
@@ -26,79 +28,139 @@ extern "C++" hub& hub_of(const asio::any_io_executor& executor);
 
 namespace {
 
-/// The coroutine around a spawned task: nobody awaits it, and it destroys itself.
-struct spawned {
-  struct promise_type {
-    static void* operator new(std::size_t bytes) { return allocate_frame(bytes); }
-    static void operator delete(void* frame) noexcept { free_frame(frame); }
+/// What is kept of a spawned task, in its own frame.
+///
+/// Until its first turn it waits on the hub; when it has suspended in that, it is one of the hub's roots. Both are changed
+/// in turns only, so that a spawn takes no lock: a task that ends elsewhere, resumed by something foreign, waits once more
+/// for a turn to end in.
+struct spawned : hub_waiter, hub_root {
+  std::coroutine_handle<task_promise<void>> task;
+  spawn_observer* observer = nullptr;
+  /// While it runs in its first turn: where to say that it has ended.
+  bool* ended_at_once = nullptr;
 
-    spawned get_return_object() noexcept { return {std::coroutine_handle<promise_type>::from_promise(*this)}; }
-    std::suspend_always initial_suspend() const noexcept { return {}; }
+  [[nodiscard]] hub& where() const noexcept { return *static_cast<hub*>(task.promise().environment()); }
 
-    struct last_step {
-      bool await_ready() const noexcept { return false; }
-      void await_suspend(std::coroutine_handle<promise_type> ended) const noexcept {
-        promise_type& promise = ended.promise();
-        hub& where = *promise.where;
-        spawn_observer* observer = promise.observer;
-        std::exception_ptr error = std::move(promise.error);
-        where.remove_root(promise.root, observer == nullptr ? error : nullptr);
-        ended.destroy();
-        if (observer != nullptr) observer->task_ended(std::move(error));
-      }
-      void await_resume() const noexcept {}
-    };
-    last_step final_suspend() const noexcept { return {}; }
-    void return_void() const noexcept {}
-    void unhandled_exception() noexcept { error = std::current_exception(); }
-
-    /// Handed down to everything that the task awaits; see task_promise_base.
-    [[nodiscard]] void* environment() const noexcept { return where; }
-
-    struct first_turn : hub_waiter {
-      promise_type* promise = nullptr;
-    };
-    struct life : hub_root {
-      promise_type* promise = nullptr;
-    };
-    first_turn start;
-    life root;
-    hub* where = nullptr;
-    spawn_observer* observer = nullptr;
-    std::exception_ptr error;
-  };
-  std::coroutine_handle<promise_type> frame;
+  static void begin(hub_waiter& waiter) {
+    auto& me = static_cast<spawned&>(waiter);
+    bool ended = false;
+    me.ended_at_once = &ended;
+    me.task.resume();
+    if (ended) return;  // and is gone
+    me.ended_at_once = nullptr;
+    me.where().add_root(me);
+  }
+  /// At the end of the task, wherever that is.
+  static void ended(task_promise<void>& promise) noexcept {
+    auto& me = *std::launder(static_cast<spawned*>(promise.room()));
+    hub& where = me.where();
+    if (hub::current() != &where) {
+      me.complete = [](hub_waiter& waiter) { end(static_cast<spawned&>(waiter)); };
+      where.wait(me);
+    } else if (me.ended_at_once != nullptr && !promise.failed()) [[likely]] {
+      // The hub has nothing to know.
+      *me.ended_at_once = true;
+      spawn_observer* const observer = me.observer;
+      me.task.destroy();
+      if (observer != nullptr) observer->task_ended(nullptr);
+    } else {
+      // In a turn, or on a worker's own thread outside of one, which so waits for nobody else's.
+      end(me);
+    }
+  }
+  static void end(spawned& me) noexcept {
+    spawn_observer* const observer = me.observer;
+    std::exception_ptr error = me.task.promise().take_error();
+    if (me.ended_at_once != nullptr) {
+      *me.ended_at_once = true;
+      me.where().add_root(me);  // only a root has an error
+    }
+    me.where().remove_root(me, observer == nullptr ? error : nullptr);
+    me.task.destroy();
+    if (observer != nullptr) observer->task_ended(std::move(error));
+  }
 };
-
-spawned run(task<> what) {
-  co_await std::move(what);
-}
+static_assert(sizeof(spawned) <= task_promise<void>::room_bytes && alignof(spawned) <= alignof(void*));
+static_assert(std::is_trivially_destructible_v<spawned>, "nobody destroys it; its memory goes with the frame");
 
 }  // namespace
 
-void spawn_on(hub& where, task<> what, spawn_observer* observer) {
-  auto& promise = run(std::move(what)).frame.promise();
-  promise.where = &where;
-  promise.observer = observer;
-  promise.root.promise = &promise;
-  promise.root.destroy = [](hub_root& root) noexcept {
-    auto& mine = *static_cast<spawned::promise_type::life&>(root).promise;
-    if (mine.start.owner != nullptr) mine.start.owner->withdraw(mine.start);
-    std::coroutine_handle<spawned::promise_type>::from_promise(mine).destroy();
+void spawn_on(hub& where, task<> what, spawn_observer* observer) noexcept {
+  const auto task = std::move(what).release();
+  auto& kept = *::new (task.promise().room()) spawned;
+  kept.task = task;
+  kept.observer = observer;
+  kept.complete = spawned::begin;
+  // The context ends before its first turn.
+  kept.abandon = [](hub_waiter& waiter) noexcept { static_cast<spawned&>(waiter).task.destroy(); };
+  kept.destroy = [](hub_root& root) noexcept {
+    auto& me = static_cast<spawned&>(root);
+    if (me.owner != nullptr) me.owner->withdraw(me);
+    me.task.destroy();
   };
-  promise.start.promise = &promise;
-  promise.start.ready = [](hub_waiter&, bool) noexcept { return true; };
-  promise.start.complete = [](hub_waiter& waiter) {
-    auto& mine = *static_cast<spawned::promise_type::first_turn&>(waiter).promise;
-    std::coroutine_handle<spawned::promise_type>::from_promise(mine).resume();
-  };
-  where.add_root(promise.root);
-  where.wait(promise.start);
+  task.promise().run_alone(&where, spawned::ended);
+  where.wait(kept);
 }
 
 namespace {
 
-struct worker {
+/// How many tasks have not ended, of a runtime: one for each task that was spawned from outside, and one for each worker
+/// on which tasks live that were spawned there. So a task that spawns others where it runs changes no word that other
+/// threads change.
+class task_count {
+ public:
+  void add() noexcept {
+    // relaxed: who adds holds one already, or is who will join.
+    tasks_.fetch_add(1, std::memory_order_relaxed);
+  }
+  void remove() noexcept {
+    // acq_rel: what the task did has happened before join returns.
+    if (tasks_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    const std::lock_guard lock{mutex_};
+    changed_.notify_all();
+  }
+  void fail(std::exception_ptr error) noexcept {
+    const std::lock_guard lock{mutex_};
+    if (!error_) error_ = std::move(error);
+  }
+  void stop() noexcept {
+    const std::lock_guard lock{mutex_};
+    stopped_ = true;
+    changed_.notify_all();
+  }
+  /// Until there is none, or it is stopped.
+  void wait() {
+    std::unique_lock lock{mutex_};
+    // acquire: see remove().
+    changed_.wait(lock, [this] { return tasks_.load(std::memory_order_acquire) == 0 || stopped_; });
+  }
+  /// What left a task first. When no worker runs any more.
+  [[nodiscard]] std::exception_ptr take_error() noexcept { return std::exchange(error_, nullptr); }
+
+ private:
+  std::atomic<std::size_t> tasks_{0};
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool stopped_ = false;
+  std::exception_ptr error_;
+};
+
+struct worker final : spawn_observer {
+  explicit worker(task_count& of_runtime) noexcept : tasks{of_runtime} {}
+
+  /// Of a task that was spawned on this worker's own thread, on which it ends as well.
+  void task_ended(std::exception_ptr error) noexcept override {
+    if (error) tasks.fail(std::move(error));
+    if (--own_tasks == 0) tasks.remove();
+  }
+  void spawn_here(task<> what) noexcept {
+    if (own_tasks++ == 0) tasks.add();
+    spawn_on(*own_hub, std::move(what), this);
+  }
+
+  task_count& tasks;
+  /// Tasks that were spawned here and have not ended; this worker's thread only.
+  std::size_t own_tasks = 0;
   unsigned cpu = 0;
   asio::io_context context{1};
   asio::executor_work_guard<asio::io_context::executor_type> work{context.get_executor()};
@@ -109,33 +171,21 @@ struct worker {
 }  // namespace
 
 struct runtime::state final : spawn_observer {
+  task_count tasks;
   std::vector<std::unique_ptr<worker>> workers;
   std::vector<runtime_node> nodes;
   std::atomic<std::size_t> next{0};
 
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::size_t tasks = 0;
-  bool stopped = false;
-  std::exception_ptr error;
-
-  void task_ended(std::exception_ptr what) noexcept override {
-    const std::lock_guard lock{mutex};
-    if (what && !error) error = std::move(what);
-    if (--tasks == 0) changed.notify_all();
+  /// Of a task that was spawned from outside.
+  void task_ended(std::exception_ptr error) noexcept override {
+    if (error) tasks.fail(std::move(error));
+    tasks.remove();
   }
 
-  void spawn(worker& where, task<> what) {
-    {
-      const std::lock_guard lock{mutex};
-      ++tasks;
-    }
-    try {
-      spawn_on(*where.own_hub, std::move(what), this);
-    } catch (...) {
-      task_ended(nullptr);
-      throw;
-    }
+  void spawn(worker& where, task<> what) noexcept {
+    if (hub::current() == where.own_hub) return where.spawn_here(std::move(what));
+    tasks.add();
+    spawn_on(*where.own_hub, std::move(what), this);
   }
 
   void start(worker& one, bool pin) {
@@ -164,18 +214,13 @@ struct runtime::state final : spawn_observer {
         one.context.run();
         return;
       } catch (...) {
-        const std::lock_guard lock{mutex};
-        if (!error) error = std::current_exception();
+        tasks.fail(std::current_exception());
       }
     }
   }
 
   void stop() noexcept {
-    {
-      const std::lock_guard lock{mutex};
-      stopped = true;
-      changed.notify_all();
-    }
+    tasks.stop();
     for (const auto& one : workers) {
       if (one->own_hub != nullptr) one->own_hub->stop();
       one->context.stop();
@@ -215,7 +260,7 @@ std::size_t runtime_node::next_worker() noexcept {
   return first_ + std::atomic_ref{next_}.fetch_add(1, std::memory_order_relaxed) % count_;
 }
 
-void runtime_node::spawn(task<> what) {
+void runtime_node::spawn(task<> what) noexcept {
   auto& all = *owner_->state_;
   all.spawn(*all.workers[next_worker()], std::move(what));
 }
@@ -236,7 +281,7 @@ runtime::runtime(const runtime_options& options) : state_{std::make_unique<state
     if (cpus.empty()) continue;
     state_->nodes.push_back(runtime_node{*this, node.id, state_->workers.size(), cpus.size()});
     for (const unsigned cpu : cpus) {
-      state_->workers.push_back(std::make_unique<worker>());
+      state_->workers.push_back(std::make_unique<worker>(state_->tasks));
       state_->workers.back()->cpu = cpu;
     }
   }
@@ -264,20 +309,19 @@ runtime_node& runtime::node(std::size_t index) {
   return state_->nodes[index];
 }
 
-void runtime::spawn(task<> what) {
+void runtime::spawn(task<> what) noexcept {
+  const auto& workers = state_->workers;
+  if (workers.size() == 1) return state_->spawn(*workers.front(), std::move(what));
   // relaxed: only spreads tasks.
   const std::size_t turn = state_->next.fetch_add(1, std::memory_order_relaxed);
-  state_->spawn(*state_->workers[turn % state_->workers.size()], std::move(what));
+  state_->spawn(*workers[turn % workers.size()], std::move(what));
 }
 
 void runtime::join() {
-  {
-    std::unique_lock lock{state_->mutex};
-    state_->changed.wait(lock, [this] { return state_->tasks == 0 || state_->stopped; });
-  }
+  state_->tasks.wait();
   state_->stop();
   state_->join_threads();
-  if (state_->error) std::rethrow_exception(std::exchange(state_->error, nullptr));
+  if (std::exception_ptr error = state_->tasks.take_error()) std::rethrow_exception(std::move(error));
 }
 
 void runtime::stop() noexcept {

@@ -42,11 +42,14 @@ namespace {
 struct system_v_label {
   /// Stored last.
   std::atomic<std::uint64_t> magic;
+  /// The file system in which the companion is: who has another /dev/shm and the same System V segments would take each
+  /// of them for one whose companion is gone.
+  std::uint64_t device;
   char name[256];
 
   static constexpr std::uint64_t expected_magic = 0x5354'5241'4954'0c00;  // "STRAIT\f\0"
 };
-static_assert(sizeof(system_v_label) == 264);
+static_assert(sizeof(system_v_label) == 272);
 
 /// Where the label begins in a segment of so many bytes.
 constexpr std::size_t label_offset(std::uint64_t segment_bytes) noexcept {
@@ -77,6 +80,12 @@ std::uint64_t this_ipc_namespace() noexcept {
   return ::stat("/proc/self/ns/ipc", &file) == 0 ? file.st_ino : 0;
 }
 
+/// The file system of the companions that we see.
+std::uint64_t this_device() noexcept {
+  struct ::stat directory{};
+  return ::stat("/dev/shm", &directory) == 0 ? directory.st_dev : 0;
+}
+
 /// An attached segment, whole.
 class attachment {
  public:
@@ -97,15 +106,20 @@ class attachment {
   std::byte* data_ = nullptr;
 };
 
-/// The name on the label of a segment that is attached; nothing where there is no label.
-std::optional<std::string> name_on_label(const std::byte* data, std::uint64_t segment_bytes) {
+struct label_text {
+  std::uint64_t device;
+  std::string name;
+};
+
+/// What stands on the label of a segment that is attached; nothing where there is no label.
+std::optional<label_text> read_label(const std::byte* data, std::uint64_t segment_bytes) {
   const auto* label = reinterpret_cast<const system_v_label*>(data + label_offset(segment_bytes));
   // acquire: pairs with the release in make_system_v; what comes with the label is complete. Whoever may look without
   // the gate has nothing else that would order it.
   if (label->magic.load(std::memory_order_acquire) != system_v_label::expected_magic) return std::nullopt;
   std::array<char, sizeof label->name> name{};
   std::memcpy(name.data(), label->name, name.size());
-  return std::string{name.data(), ::strnlen(name.data(), name.size())};
+  return label_text{label->device, {name.data(), ::strnlen(name.data(), name.size())}};
 }
 
 [[noreturn]] void fail_to_attach(const memory_name& name, int identifier, int error) {
@@ -199,8 +213,9 @@ std::optional<system_v_segment> find_system_v(const memory_name& name, const sys
   if (owner && state.shm_perm.uid != *owner) refuse("of user " + std::to_string(state.shm_perm.uid));
   if (state.shm_segsz < sizeof(system_v_label)) refuse("of " + std::to_string(state.shm_segsz) + " bytes");
   found.bytes = label_offset(state.shm_segsz);
-  if (const auto label = name_on_label(seen.data(), state.shm_segsz)) {
-    if (*label != name.name) refuse("of sysv:" + *label);
+  if (const auto label = read_label(seen.data(), state.shm_segsz)) {
+    if (label->name != name.name) refuse("of sysv:" + label->name);
+    if (label->device != this_device()) refuse("whose companion is in another /dev/shm");
     found.finished = true;
   } else if (state.shm_segsz != companion.segment_bytes ||
              std::any_of(seen.data() + label_offset(state.shm_segsz), seen.data() + label_offset(state.shm_segsz) + 8,
@@ -240,7 +255,8 @@ mapping make_system_v(const memory_name& name, const segment_plan& plan) {
   }
   auto* label = ::new (static_cast<void*>(made.data() + label_offset(bytes))) system_v_label{};
   name.name.copy(label->name, sizeof label->name - 1);
-  // release: pairs with the acquire in name_on_label. After everything else, because a segment with a label is whole.
+  label->device = this_device();
+  // release: pairs with the acquire in read_label. After everything else, because a segment with a label is whole.
   label->magic.store(system_v_label::expected_magic, std::memory_order_release);
   return made;
 }
@@ -277,8 +293,8 @@ std::vector<std::string> labelled_system_v() {
     if (seen.data() == nullptr) continue;  // not ours to read, or removed since
     ::shmid_ds state{};
     if (::shmctl(identifier, IPC_STAT, &state) != 0 || state.shm_segsz != bytes) continue;
-    auto name = name_on_label(seen.data(), bytes);
-    if (name && key_of(*name) == key) names.push_back(std::move(*name));
+    auto label = read_label(seen.data(), bytes);
+    if (label && key_of(label->name) == key && label->device == this_device()) names.push_back(std::move(label->name));
   }
   return names;
 }

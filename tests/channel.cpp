@@ -26,6 +26,7 @@
 #include <memory>
 #include <numeric>
 #include <optional>
+#include <random>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -37,11 +38,12 @@
 
 #include "asio_moved.hpp"
 #include "coroutines.hpp"
+#include "ends.hpp"
 
 import strait;
 
-TEST_CASE("private: try forms") {
-  auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = 4});
+TEST_CASE("try forms") {
+  auto [tx, rx] = test::make_channel<std::uint64_t>({.capacity = 4});
   for (std::uint64_t i = 0; i < 4; ++i) CHECK(tx.try_send(i));
   CHECK_FALSE(tx.try_send(std::uint64_t{9}));
   for (std::uint64_t i = 0; i < 4; ++i) CHECK(rx.try_recv() == i);
@@ -53,8 +55,8 @@ TEST_CASE("private: try forms") {
   CHECK(rx.is_closed());
 }
 
-TEST_CASE("private: blocking across threads") {
-  auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = 64});
+TEST_CASE("blocking across threads") {
+  auto [tx, rx] = test::make_channel<std::uint64_t>({.capacity = 64});
   std::thread producer{[&tx] {
     for (std::uint64_t i = 0; i < 200'000; ++i) tx.blocking_send(i);
     tx.close();
@@ -75,9 +77,9 @@ strait::task<> consume(strait::receiver<std::uint64_t> rx, std::uint64_t& got) {
   }
 }
 
-TEST_CASE("private: tasks on the runtime") {
+TEST_CASE("tasks on the runtime") {
   strait::runtime rt;
-  auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = 64});
+  auto [tx, rx] = test::make_channel<std::uint64_t>({.capacity = 64});
   std::uint64_t got = 0;
   rt.spawn(produce(std::move(tx), 200'000));
   rt.spawn(consume(std::move(rx), got));
@@ -95,9 +97,9 @@ asio::awaitable<void> asio_consume(strait::receiver<std::uint64_t> rx, std::uint
   }
 }
 
-TEST_CASE("private: asio::awaitable in one io_context") {
+TEST_CASE("asio::awaitable in one io_context") {
   asio::io_context context{1};
-  auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = 64});
+  auto [tx, rx] = test::make_channel<std::uint64_t>({.capacity = 64});
   std::uint64_t got = 0;
   asio::co_spawn(context, asio_produce(std::move(tx), 100'000), asio::detached);
   asio::co_spawn(context, asio_consume(std::move(rx), got), asio::detached);
@@ -157,7 +159,7 @@ TEST_CASE("a ready await does not suspend: in a task") {
   bool others_ran = false;
   message done = 0;
   strait::spawn(context, [](asio::io_context& own, bool& flag, message& count) -> strait::task<> {
-    auto [tx, rx] = strait::make_channel<message>({.capacity = 16});
+    auto [tx, rx] = test::make_channel<message>({.capacity = 16});
     asio::post(own, [&] { flag = true; });
     for (; count < 1'000; ++count) {  // fewer than the budget
       co_await tx.send(count);
@@ -179,7 +181,7 @@ TEST_CASE("a ready await does not suspend: in an asio::awaitable, of any executo
     asio::co_spawn(
         context,
         [](asio::io_context& own, bool& flag, message& count) -> asio::awaitable<void> {
-          auto [tx, rx] = strait::make_channel<message>({.capacity = 16});
+          auto [tx, rx] = test::make_channel<message>({.capacity = 16});
           asio::post(own, [&] { flag = true; });
           for (; count < 1'000; ++count) {
             co_await tx.send(count);
@@ -195,7 +197,7 @@ TEST_CASE("a ready await does not suspend: in an asio::awaitable, of any executo
     asio::co_spawn(
         context.get_executor(),
         [](asio::io_context& own, bool& flag, message& count) -> asio::awaitable<void, executor> {
-          auto [tx, rx] = strait::make_channel<message>({.capacity = 16});
+          auto [tx, rx] = test::make_channel<message>({.capacity = 16});
           asio::post(own, [&] { flag = true; });
           for (; count < 1'000; ++count) {
             co_await strait::rebind_executor<executor>(tx.send(count));
@@ -213,7 +215,7 @@ TEST_CASE("a ready await does not suspend: in an asio::awaitable, of any executo
 
 TEST_CASE("awaitables of other executors wait as well") {
   asio::io_context context{1};
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 2});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 2});
   message got = 0;
   using plain = asio::io_context::executor_type;
   using strand = asio::strand<asio::io_context::executor_type>;
@@ -248,7 +250,7 @@ bare_coroutine bare_produce(strait::sender<message> tx, message count) {
 }  // namespace
 
 TEST_CASE("a coroutine that knows neither Asio nor strait waits in the hub in whose turn it runs") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 4});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 4});
   std::atomic<message> got{0};
   bool done = false;
   SUBCASE("begun by a task") {
@@ -277,7 +279,7 @@ TEST_CASE("a coroutine that knows neither Asio nor strait waits in the hub in wh
 }
 
 TEST_CASE("where there is no hub, what is ready goes on and what has to wait fails with no_hub") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 2});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 2});
   message rounds = 0;
   std::error_code receiving;
   std::error_code sending;
@@ -310,7 +312,7 @@ TEST_CASE("where there is no hub, what is ready goes on and what has to wait fai
 }
 
 TEST_CASE("a task that is awaited where there is no hub fails in the same way") {
-  auto [tx, rx] = strait::make_channel<message>();
+  auto [tx, rx] = test::make_channel<message>();
   std::error_code failed;
   [](strait::receiver<message>& in, std::error_code& error) -> bare_coroutine {
     try {
@@ -326,7 +328,7 @@ TEST_CASE("a task that is awaited where there is no hub fails in the same way") 
 // -----------------------------------------------------------------------------------------------
 
 TEST_CASE("the receiver closes: every form of a send says closed") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 4});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 4});
   CHECK(tx.try_send(message{1}));
   rx.close();
   CHECK(tx.is_closed());
@@ -366,7 +368,7 @@ TEST_CASE("the receiver closes: every form of a send says closed") {
 }
 
 TEST_CASE("the sender closes: what it sent is delivered, then every form of a receive is empty without an error") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 4});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 4});
   CHECK(tx.try_send(message{1}));
   tx.close();
   CHECK_FALSE(rx.is_closed());
@@ -412,7 +414,7 @@ TEST_CASE("handles that closed or were moved from say so in every form") {
   CHECK(code_of([&] { tx.blocking_send(1); }) == strait::errc::closed);
   CHECK_FALSE(rx.try_recv());
   CHECK_FALSE(rx.blocking_recv());
-  auto [other_tx, other_rx] = strait::make_channel<message>();
+  auto [other_tx, other_rx] = test::make_channel<message>();
   tx = std::move(other_tx);
   rx = std::move(other_rx);
   CHECK(code_of([&] { (void)other_tx.try_send(message{1}); }) == strait::errc::closed);
@@ -431,7 +433,7 @@ TEST_CASE("handles that closed or were moved from say so in every form") {
 
 TEST_CASE("recv(ec) and its kin never throw, not even when they are cancelled") {
   asio::io_context context{1};
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 2});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 2});
   std::vector<std::error_code> told;
   asio::cancellation_signal stop;
   asio::co_spawn(
@@ -469,7 +471,7 @@ TEST_CASE("recv(ec) and its kin never throw, not even when they are cancelled") 
 
 TEST_CASE("async_send and async_recv take every completion token") {
   asio::io_context context{1};
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 1});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 1});
   int steps = 0;
 
   SUBCASE("callbacks") {
@@ -575,7 +577,7 @@ TEST_CASE("async_send and async_recv take every completion token") {
 
 TEST_CASE("an operation is begun again from within its own handler") {
   asio::io_context context{1};
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 4});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 4});
   message received = 0;
   message sent = 0;
   std::function<void()> receive = [&] {
@@ -604,7 +606,7 @@ TEST_CASE("an operation is begun again from within its own handler") {
 
 TEST_CASE("a cancelled operation took nothing and sent nothing") {
   asio::io_context context{1};
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 1});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 1});
   asio::cancellation_signal stop;
   std::vector<std::error_code> told;
   strait::async_recv(
@@ -645,7 +647,7 @@ TEST_CASE("a cancelled operation took nothing and sent nothing") {
 TEST_CASE("send_many and recv_many: every batch size across the wrap") {
   for (const std::size_t capacity : {1U, 2U, 8U, 16U}) {
     for (std::size_t size = 1; size <= 2 * capacity + 1; ++size) {
-      auto [tx, rx] = strait::make_channel<message>({.capacity = capacity});
+      auto [tx, rx] = test::make_channel<message>({.capacity = capacity});
       message expected = 0;
       const message count = 40 * size;
       asio::io_context context{1};
@@ -672,7 +674,7 @@ TEST_CASE("send_many and recv_many: every batch size across the wrap") {
 }
 
 TEST_CASE("batches and single messages mixed") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 8});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 8});
   message sent = 0;
   message expected = 0;
   asio::io_context context{1};
@@ -727,8 +729,129 @@ TEST_CASE("batches and single messages mixed") {
   CHECK(expected == sent);
 }
 
+namespace {
+
+/// Sends and receives in every form, in an order that `random` chooses, so that no operation has to wait; and checks each
+/// message.
+strait::task<> every_form(strait::sender<std::uint64_t>& tx, strait::receiver<std::uint64_t>& rx,
+                          std::minstd_rand random, int steps, std::uint64_t& passed) {
+  std::uint64_t sent = 0;
+  std::uint64_t taken = 0;
+  const auto upto = [&random](std::uint64_t most) { return 1 + random() % most; };
+  std::vector<std::uint64_t> many(tx.capacity());
+  for (int step = 0; step < steps; ++step) {
+    const std::uint64_t there = sent - taken;
+    // What is released late may leave less room than was taken.
+    if (random() % 2 == 0 && tx.depth() < tx.capacity()) {
+      const std::uint64_t room = tx.capacity() - tx.depth();
+      switch (random() % 5) {
+        case 0:
+          for (std::uint64_t n = upto(room); n > 0; --n) co_await tx.send(sent++);
+          break;
+        case 1:
+          CHECK(tx.try_send(sent++));
+          break;
+        case 2: {
+          const std::uint64_t n = upto(room);
+          for (std::uint64_t i = 0; i < n; ++i) many[i] = sent++;
+          const std::size_t done = co_await tx.send_many(std::span{many}.first(n));
+          CHECK(done == n);
+          break;
+        }
+        case 3: {
+          std::error_code error = std::make_error_code(std::errc::io_error);
+          co_await tx.send(sent++, error);
+          CHECK(!error);
+          break;
+        }
+        default: {
+          auto permit = co_await tx.reserve(upto(room));
+          for (std::uint64_t& each : permit.messages()) each = sent++;
+          permit.commit();
+          break;
+        }
+      }
+    } else if (there > 0) {
+      switch (random() % 5) {
+        case 0:
+          for (std::uint64_t n = upto(there); n > 0; --n) {
+            const auto message = co_await rx.recv();
+            CHECK(message == taken++);
+          }
+          break;
+        case 1:
+          CHECK(rx.try_recv() == taken++);
+          break;
+        case 2: {
+          const std::size_t n = co_await rx.recv_many(std::span{many}.first(upto(there)));
+          for (std::size_t i = 0; i < n; ++i) CHECK(many[i] == taken++);
+          break;
+        }
+        case 3: {
+          std::error_code error = std::make_error_code(std::errc::io_error);
+          const auto message = co_await rx.recv(error);
+          CHECK(!error);
+          CHECK(message == taken++);
+          break;
+        }
+        default: {
+          const std::span<const std::uint64_t> seen = co_await rx.peek();
+          const std::uint64_t n = upto(seen.size());
+          for (const std::uint64_t each : seen.first(n)) CHECK(each == taken++);
+          rx.release(n);
+          break;
+        }
+      }
+    }
+  }
+  while (taken < sent) CHECK(co_await rx.recv() == taken++);
+  passed = taken;
+}
+
+}  // namespace
+
+TEST_CASE("every form beside every other, in lanes of every size: each message once, in order") {
+  for (const std::size_t capacity : {1U, 2U, 8U, 16U, 64U, 1024U, 4096U}) {
+    asio::io_context context{1};
+    auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = capacity});
+    std::uint64_t passed = 0;
+    strait::spawn(context, every_form(tx, rx, std::minstd_rand{static_cast<unsigned>(capacity)}, 2000, passed));
+    context.run();
+    CHECK(passed > 200);
+    CHECK(tx.depth() <= capacity / 8);
+  }
+}
+
+TEST_CASE("a peer that closes between two awaited operations is seen by the second, however ready that is") {
+  asio::io_context context{1};
+  strait::spawn(context, []() -> strait::task<> {
+    auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = 64});
+    for (std::uint64_t i = 0; i < 10; ++i) co_await tx.send(i);
+    // Three are known to be there and taken at once, then the sender closes.
+    for (std::uint64_t i = 0; i < 3; ++i) CHECK(co_await rx.recv() == i);
+    tx.close();
+    for (std::uint64_t i = 3; i < 10; ++i) CHECK(co_await rx.recv() == i);
+    const auto end = co_await rx.recv();
+    CHECK(!end);
+  }());
+  strait::spawn(context, []() -> strait::task<> {
+    auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = 64});
+    for (std::uint64_t i = 0; i < 3; ++i) co_await tx.send(i);  // and 61 more are known to have room
+    rx.close();
+    std::error_code why;
+    try {
+      co_await tx.send(std::uint64_t{3});
+    } catch (const std::system_error& error) {
+      why = error.code();
+    }
+    CHECK(why == strait::errc::closed);
+    CHECK(tx.is_closed());
+  }());
+  context.run();
+}
+
 TEST_CASE("a permit: filled in place, committed in part, or dropped as if nothing had been") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 4});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 4});
   run([](strait::sender<message>& out) -> strait::task<> {
     {
       auto dropped = co_await out.reserve(3);
@@ -753,7 +876,7 @@ TEST_CASE("a permit: filled in place, committed in part, or dropped as if nothin
 }
 
 TEST_CASE("a permit ends at the wrap: there is no gap in a span") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 4});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 4});
   for (message i = 0; i < 3; ++i) CHECK(tx.try_send(i));
   for (message i = 0; i < 3; ++i) CHECK(rx.try_recv() == i);
   CHECK_FALSE(rx.try_recv());  // an empty lane is released
@@ -769,7 +892,7 @@ TEST_CASE("a permit ends at the wrap: there is no gap in a span") {
 }
 
 TEST_CASE("peek shows without taking; release takes what was seen") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 4});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 4});
   for (message i = 0; i < 4; ++i) CHECK(tx.try_send(i));
   run([](strait::receiver<message>& in) -> strait::task<> {
     const auto seen = co_await in.peek();
@@ -787,7 +910,7 @@ TEST_CASE("peek shows without taking; release takes what was seen") {
 }
 
 TEST_CASE("a lane of one slot, in every form") {
-  auto [tx, rx] = strait::make_channel<message>({.capacity = 1});
+  auto [tx, rx] = test::make_channel<message>({.capacity = 1});
   CHECK(tx.capacity() == 1);
   CHECK(tx.try_send(message{1}));
   CHECK_FALSE(tx.try_send(message{2}));
@@ -812,7 +935,7 @@ TEST_CASE("a lane of one slot, in every form") {
 
 TEST_CASE("a deadline that passes: nothing was sent, nothing was taken") {
   for (const auto wait : {strait::wait_policy::adaptive, strait::wait_policy::busy, strait::wait_policy::park}) {
-    auto [tx, rx] = strait::make_channel<message>({.capacity = 1, .wait = wait});
+    auto [tx, rx] = test::make_channel<message>({.capacity = 1, .wait = wait});
     const auto soon = [] { return std::chrono::steady_clock::now() + 2ms; };
     const auto past = std::chrono::steady_clock::now() - 1s;
     std::error_code error;

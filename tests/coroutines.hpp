@@ -19,6 +19,8 @@
 #include <thread>
 #include <utility>
 
+#include "ends.hpp"
+
 import strait;
 
 namespace {
@@ -52,8 +54,7 @@ struct watched_channel {
   std::atomic<std::uint32_t>* receiver_word = nullptr;
 
   explicit watched_channel(const strait::channel_options& options = {}) {
-    static_assert(std::is_trivially_destructible_v<T>);
-    auto [sending, receiving] = strait::endpoint::make_private(strait::shape_of<T>, options, nullptr);
+    auto [sending, receiving] = test::make_ends<T>(options);
     sender_word = &sending->own_word();
     receiver_word = &receiving->own_word();
     tx = strait::sender<T>{std::move(sending)};

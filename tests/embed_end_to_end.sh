@@ -2,14 +2,13 @@
 # examples/embed as its users meet it: people who chat over TCP, a moderator that comes, is killed and is replaced.
 # usage: embed_end_to_end.sh DIRECTORY    where chat-server, chat-server-moderated and chat-moderator are
 set -u
+# shellcheck source=tests/end_to_end.sh
+. "$(dirname "$0")/end_to_end.sh"
 
 programs=$1
-scratch=$(mktemp -d)
-patience=30  # seconds for anything to happen: only a broken program makes us wait that long
 server=
 moderator=
 port=
-failures=0
 
 trap cleanup EXIT
 cleanup() {
@@ -18,29 +17,6 @@ cleanup() {
   rm -rf "$scratch"
 }
 
-fail() {
-  printf 'FAILED: %s\n' "$*"
-  failures=$((failures + 1))
-}
-
-give_up() {
-  fail "$@"
-  cat "$scratch"/out "$scratch"/err 2>/dev/null
-  exit 1
-}
-
-eventually() {  # COMMAND...: until it succeeds
-  local end=$((SECONDS + patience))
-  until "$@"; do
-    [ $SECONDS -lt $end ] || return 1
-    sleep 0.01
-  done
-}
-
-step() { printf '%s\n' "-- $*"; }
-
-is_over() { ! grep -q '^State:[[:space:]]*[^Z[:space:]]' "/proc/$1/status" 2>/dev/null; }
-is_stopped() { ! grep -h ^State "/proc/$1"/task/*/status | grep -qv T; }
 nothing_left() { ! compgen -G "/dev/shm/strait-chat.$port.*" >/dev/null; }
 
 start_server() {  # PROGRAM
@@ -184,5 +160,4 @@ moderator=
 eventually nothing_left || fail 'left in /dev/shm'
 exec 3>&- 4>&-
 
-[ $failures -eq 0 ] || exit 1
-echo 'all was well'
+all_was_well

@@ -94,10 +94,10 @@ constexpr std::array all_modes{open_mode::open_or_create, open_mode::create, ope
 /// that looks alive.
 template <class T>
 std::vector<char> leftover(std::size_t capacity, std::span<const T> messages = {}) {
-  const channel_name name{"image"};
+  const channel_name name{"image", test::posix_memory::scheme};
   auto tx = strait::open_sender<T>(name.text(), {.capacity = capacity});
   for (const T& message : messages) REQUIRE(tx.try_send(message));
-  return state_of(name.path()).bytes;
+  return state_of(name).bytes;
 }
 
 template <class Field>
@@ -117,14 +117,14 @@ template <class T>
 void check_both_refused(const channel_name& name, const std::error_code& expected,
                         std::initializer_list<std::string_view> words, std::span<const open_mode> modes,
                         channel_options options = {}) {
-  const auto before = state_of(name.path());
+  const auto before = state_of(name);
   for (const open_mode mode : modes) {
     CAPTURE(static_cast<int>(mode));
     options.open = mode;
     check_refused(expected, words, [&] { (void)strait::open_sender<T>(name.text(), options); });
     check_refused(expected, words, [&] { (void)strait::open_receiver<T>(name.text(), options); });
   }
-  CHECK(state_of(name.path()) == before);
+  CHECK(state_of(name) == before);
 }
 
 template <class T>
@@ -219,7 +219,7 @@ TEST_CASE("endpoint: a living channel of another type is refused, and both types
   const channel_name name{"type"};
   SUBCASE("name") {
     auto tx = strait::open_sender<order>(name.text(), {.capacity = 8});
-    const auto before = state_of(name.path());
+    const auto before = state_of(name);
     for (const open_mode mode : all_modes) {
       check_refused(errc::type_mismatch,
                     {name.text(), "expected type \"trade\" version 1", "found type \"order\" version 1"},
@@ -227,7 +227,7 @@ TEST_CASE("endpoint: a living channel of another type is refused, and both types
       check_refused(errc::type_mismatch, {"\"trade\"", "\"order\""},
                     [&] { (void)strait::open_sender<trade>(name.text(), {.open = mode}); });
     }
-    CHECK(state_of(name.path()) == before);
+    CHECK(state_of(name) == before);
     // Who was in, still is, and the right type comes in.
     auto rx = strait::open_receiver<order>(name.text());
     check_crossing(tx, rx, order{1, 2});
@@ -258,13 +258,13 @@ TEST_CASE("endpoint: a living channel of another type is refused, and both types
 TEST_CASE("endpoint: a living channel of another capacity is refused; one that rounds to the same is not") {
   const channel_name name{"capacity"};
   auto tx = strait::open_sender<order>(name.text(), {.capacity = 64});
-  const auto before = state_of(name.path());
+  const auto before = state_of(name);
   for (const std::size_t other : {std::size_t{1}, std::size_t{32}, std::size_t{65}, std::size_t{128}}) {
     const std::string expected = "expected a capacity of " + std::to_string(other == 65 ? 128 : other);
     check_refused(errc::layout_mismatch, {name.text(), expected, "found 64"},
                   [&] { (void)strait::open_receiver<order>(name.text(), {.capacity = other}); });
   }
-  CHECK(state_of(name.path()) == before);
+  CHECK(state_of(name) == before);
   auto rx = strait::open_receiver<order>(name.text(), {.capacity = 33});
   CHECK(rx.capacity() == 64);
   check_crossing(tx, rx, order{3, 4});
@@ -283,10 +283,10 @@ TEST_CASE("endpoint: a channel keeps the order that it was made with") {
     return;
   }
   const auto tx = strait::open_sender<order>(name.text());
-  const auto before = state_of(name.path());
+  const auto before = state_of(name);
   check_refused(errc::layout_mismatch, {name.text(), "order = fence", "order = automatic"},
                 [&] { (void)strait::open_receiver<order>(name.text(), {.order = strait::ordering::fence}); });
-  CHECK(state_of(name.path()) == before);
+  CHECK(state_of(name) == before);
 }
 
 TEST_CASE("endpoint: a header that is not ours is refused whoever lives in it") {
@@ -297,7 +297,7 @@ TEST_CASE("endpoint: a header that is not ours is refused whoever lives in it") 
     CAPTURE(offset);
     auto image = good;
     put(image, offset, value);
-    test::write_file(name.path(), image);
+    test::plant(name, image);
     check_both_refused<order>(name, expected, words, all_modes);
   };
   refused(offsetof(segment_header, magic), std::uint64_t{0x1234}, errc::foreign_segment, {"expected a strait segment"});
@@ -332,7 +332,7 @@ TEST_CASE("endpoint: a header that is not ours is refused whoever lives in it") 
     put(image, offsetof(segment_header, capacity), capacity);
     put(image, offsetof(segment_header, message_bytes), bytes);
     put(image, offsetof(segment_header, segment_bytes), slots_offset + capacity * bytes);  // may wrap
-    test::write_file(name.path(), image);
+    test::plant(name, image);
     check_both_refused<order>(name, errc::layout_mismatch, sane, all_modes);
   };
   agreeing(7, sizeof(order));
@@ -345,24 +345,24 @@ TEST_CASE("endpoint: a header that is not ours is refused whoever lives in it") 
 TEST_CASE("endpoint: a foreign file under the name is refused and stays as it is, by every byte and its time") {
   for (const std::string_view content :
        {std::string_view{}, std::string_view{"x"}, std::string_view{"not a segment, but my notes"}}) {
-    const channel_name name{"foreign"};
+    const channel_name name{"foreign", test::posix_memory::scheme};
     test::write_file(name.path(), {content.begin(), content.end()});
     check_both_refused<order>(name, errc::foreign_segment, {name.text(), "expected a strait segment", "found a file"},
                               all_modes);
   }
-  const channel_name name{"foreign-page"};
+  const channel_name name{"foreign-page", test::posix_memory::scheme};
   test::write_file(name.path(), std::vector<char>(8192, 'S'));
   check_both_refused<order>(name, errc::foreign_segment, {name.text()}, all_modes);
 }
 
 TEST_CASE("endpoint: a truncated segment") {
-  const channel_name name{"truncated"};
+  const channel_name name{"truncated", test::posix_memory::scheme};  // System V segments cannot be cut
   const auto whole = leftover<order>(8);
   const auto cut = [&](std::size_t bytes) {
     CAPTURE(bytes);
     auto image = whole;
     image.resize(bytes);
-    test::write_file(name.path(), image);
+    test::plant(name, image);
   };
   // Too short to be known as ours.
   for (const std::size_t bytes : {std::size_t{1}, std::size_t{7}}) {
@@ -391,22 +391,22 @@ TEST_CASE("endpoint: a truncated segment") {
 }
 
 TEST_CASE("endpoint: a truncated segment with somebody in it is refused in every mode") {
-  const channel_name name{"truncated-alive"};
+  const channel_name name{"truncated-alive", test::posix_memory::scheme};
   const auto tx = strait::open_sender<order>(name.text(), {.capacity = 1024});
-  const auto size = state_of(name.path()).bytes.size();
+  const auto size = state_of(name).bytes.size();
   REQUIRE(::truncate(name.path().c_str(), 4096) == 0);
   check_both_refused<order>(name, errc::truncated_segment, {"a segment of " + std::to_string(size), "found 4096"},
                             all_modes);
 }
 
 TEST_CASE("endpoint: a header that claims more than the file system holds is no_space, not a signal") {
-  const channel_name name{"vast"};
+  const channel_name name{"vast", test::posix_memory::scheme};
   auto image = leftover<order>(8);
   constexpr std::uint64_t capacity = std::uint64_t{1} << 40U;
   const auto slots_offset = get<std::uint32_t>(image, offsetof(segment_header, slots_offset));
   put(image, offsetof(segment_header, capacity), capacity);
   put(image, offsetof(segment_header, segment_bytes), slots_offset + capacity * sizeof(order));
-  test::write_file(name.path(), image);
+  test::plant(name, image);
   check_both_refused<order>(name, errc::truncated_segment, {"found " + std::to_string(image.size())},
                             std::array{open_mode::open});
   // The same with the size that it claims, of which next to nothing is there.
@@ -450,14 +450,14 @@ TEST_CASE("endpoint: a role has one living end, and who comes second is told its
   SUBCASE("in this process") {
     auto tx = strait::open_sender<order>(name.text(), {.capacity = 8});
     auto rx = strait::open_receiver<order>(name.text());
-    const auto before = state_of(name.path());
+    const auto before = state_of(name);
     for (const open_mode mode : {open_mode::open_or_create, open_mode::open}) {
       check_refused(errc::end_in_use, {name.text(), "expected no living sender", mine},
                     [&] { (void)strait::open_sender<order>(name.text(), {.open = mode}); });
       check_refused(errc::end_in_use, {name.text(), "expected no living receiver", mine},
                     [&] { (void)strait::open_receiver<order>(name.text(), {.open = mode}); });
     }
-    CHECK(state_of(name.path()) == before);
+    CHECK(state_of(name) == before);
     check_crossing(tx, rx, order{1, 1});
     // Who was refused left no mark: the role is free as soon as its end is.
     tx.close();
@@ -475,9 +475,9 @@ TEST_CASE("endpoint: a role has one living end, and who comes second is told its
           (void)strait::open_receiver<order>(name.text());
         }
       };
-      const auto before = state_of(name.path());
+      const auto before = state_of(name);
       check_refused(errc::end_in_use, {name.text(), "expected no living " + role, his}, second);
-      CHECK(state_of(name.path()) == before);
+      CHECK(state_of(name) == before);
       // Stopped is not dead: nothing is taken from it.
       REQUIRE(::kill(child.pid(), SIGSTOP) == 0);
       check_refused(errc::end_in_use, {his}, second);
@@ -550,12 +550,12 @@ TEST_CASE("endpoint: what a crash left is no obstacle to a new channel") {
     auto child = holder(name, "sender");
     child.kill();
   }
-  const auto left = state_of(name.path());
+  const auto left = state_of(name);
   SUBCASE("of the same type, to be created") {
     auto rx = strait::open_receiver<order>(name.text(), {.open = open_mode::create});
     CHECK(rx.capacity() == 1024);
     CHECK(rx.depth() == 0);
-    CHECK(state_of(name.path()).inode != left.inode);
+    CHECK(state_of(name).inode != left.inode);
   }
   SUBCASE("of another type") {
     auto tx = strait::open_sender<trade>(name.text());
@@ -607,7 +607,7 @@ TEST_CASE("endpoint: a poisoned or rubbish leftover is refused to who opens it, 
   SUBCASE("a receiver that is nothing") {
     put(image, receiver_end, ~std::uint32_t{0});
   }
-  test::write_file(name.path(), image);
+  test::plant(name, image);
   check_both_refused<order>(name, errc::corrupt, {name.text(), "expected a sound channel"},
                             std::array{open_mode::open});
   auto tx = strait::open_sender<order>(name.text());
@@ -632,16 +632,16 @@ TEST_CASE("endpoint: messages that wait for their receiver are no leftover, whoe
     for (std::uint64_t i = 0; i < 3; ++i) CHECK(rx.try_recv()->id == i);
   }
   SUBCASE("nobody can take them from a segment that is poisoned") {
-    auto image = state_of(name.path()).bytes;
+    auto image = state_of(name).bytes;
     put(image, offsetof(segment_header, poisoned), std::uint32_t{1});
-    test::write_file(name.path(), image);
+    test::plant(name, image);
     auto rx = strait::open_receiver<order>(name.text());
     CHECK(rx.depth() == 0);
   }
   SUBCASE("nor from one that is cut off") {
-    auto image = state_of(name.path()).bytes;
-    image.resize(image.size() - 1);
-    test::write_file(name.path(), image);
+    auto image = state_of(name).bytes;
+    image.resize(image.size() - 8);  // the label of a System V segment is aligned
+    test::plant(name, image);
     auto rx = strait::open_receiver<order>(name.text());
     CHECK(rx.depth() == 0);
   }
@@ -651,10 +651,7 @@ TEST_CASE("endpoint: messages that wait for their receiver are no leftover, whoe
 TEST_CASE("endpoint: a poisoned channel with somebody in it is refused") {
   const channel_name name{"poisoned"};
   auto tx = strait::open_sender<order>(name.text(), {.capacity = 8});
-  const int file = ::open(name.path().c_str(), O_RDWR | O_CLOEXEC);
-  const std::uint32_t poison = 1;
-  REQUIRE(::pwrite(file, &poison, sizeof poison, offsetof(segment_header, poisoned)) == sizeof poison);
-  ::close(file);
+  test::overwrite(name, offsetof(segment_header, poisoned), std::uint32_t{1});
   check_both_refused<order>(name, errc::corrupt, {name.text(), "poisoned"}, all_modes);
   std::error_code error;
   while (tx.try_send(order{}, error)) {
@@ -665,7 +662,7 @@ TEST_CASE("endpoint: a poisoned channel with somebody in it is refused") {
 
 TEST_CASE("endpoint: the mode is what was asked for, whatever the umask, and 0600 unsaid") {
   const ::mode_t before = ::umask(0077);
-  const auto mode_of = [](const channel_name& name) { return state_of(name.path()).mode & 07777U; };
+  const auto mode_of = [](const channel_name& name) { return state_of(name).mode & 07777U; };
   const channel_name name{"mode"};
   {
     const auto tx = strait::open_sender<order>(name.text(), {.mode = 0666});
@@ -904,7 +901,7 @@ TEST_CASE("child: a full tmpfs under a channel" * doctest::skip()) {
     return;
   }
   test::tell_parent("may");
-  const channel_name name{"full"};
+  const channel_name name{"full", test::posix_memory::scheme};
   check_refused(errc::no_space, {name.text(), "expected", "free bytes in /dev/shm", "found 1048576"},
                 [&] { (void)strait::open_sender<order>(name.text(), {.capacity = 65536}); });
   check_refused(errc::no_space, {name.text(), "found 1048576"},
@@ -915,7 +912,7 @@ TEST_CASE("child: a full tmpfs under a channel" * doctest::skip()) {
   auto rx = strait::open_receiver<order>(name.text());
   for (std::uint64_t i = 0; i < 32768; ++i) REQUIRE(tx.try_send(order{i, i}));
   for (std::uint64_t i = 0; i < 32768; ++i) REQUIRE(rx.try_recv()->id == i);
-  const channel_name second{"full-2"};
+  const channel_name second{"full-2", test::posix_memory::scheme};
   check_refused(errc::no_space, {second.text()},
                 [&] { (void)strait::open_sender<order>(second.text(), {.capacity = 32768}); });
   CHECK_FALSE(second.exists());
@@ -962,12 +959,12 @@ TEST_CASE("endpoint: without permission it is an error that names both users; mo
   const auto closed = strait::open_sender<order>(narrow.text());
   auto open = strait::open_sender<order>(wide.text(), {.mode = 0666});
   REQUIRE(open.try_send(order{11, 0}));
-  const auto before = state_of(narrow.path());
+  const auto before = state_of(narrow);
   test::other_process nobody{"child: nobody at the door"};
   nobody.say(narrow.text());
   nobody.say(wide.text());
   test::eventually([&] { return open.depth() == 0; });
   open.close();
   CHECK(nobody.finish() == 0);
-  CHECK(state_of(narrow.path()) == before);
+  CHECK(state_of(narrow) == before);
 }

@@ -1427,7 +1427,7 @@ TEST_CASE("a task that always yields starves neither a timer, nor a channel, nor
   CHECK(heard == 50);
 }
 
-TEST_CASE("a task that yielded and is destroyed with its context, or before it, is not resumed") {
+TEST_CASE("a task that yielded is destroyed with its context, and not resumed") {
   auto context = std::make_unique<asio::io_context>(1);
   int resumed = 0;
   bool destroyed = false;

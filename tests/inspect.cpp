@@ -70,15 +70,6 @@ void leave_behind(const channel_name& name, const std::string& messages) {
   child.kill();
 }
 
-/// Overwrites bytes of the segment's file.
-template <class T>
-void overwrite(const channel_name& name, std::size_t at, const T& value) {
-  const int file = ::open(name.path().c_str(), O_WRONLY | O_CLOEXEC);
-  REQUIRE(file >= 0);
-  CHECK(::pwrite(file, &value, sizeof value, static_cast<::off_t>(at)) == static_cast<::ssize_t>(sizeof value));
-  ::close(file);
-}
-
 }  // namespace
 
 TEST_CASE("child: holds both ends and sends" * doctest::skip()) {
@@ -141,10 +132,10 @@ TEST_CASE("one end alone is enough to live, and the other is vacant") {
 TEST_CASE("looking changes nothing") {
   const channel_name name{"untouched"};
   leave_behind(name, "2");
-  const auto before = test::state_of(name.path());
+  const auto before = test::state_of(name);
   (void)strait::inspect(name.text());
   (void)strait::list_channels();
-  CHECK(test::state_of(name.path()) == before);
+  CHECK(test::state_of(name) == before);
 }
 
 TEST_CASE("parks and wakes are counted where they happen") {
@@ -254,8 +245,8 @@ TEST_CASE("messages for a receiver that has yet to come are no leftover") {
 TEST_CASE("another layout version is named as such and never touched") {
   const channel_name name{"future"};
   leave_behind(name, "1");
-  overwrite(name, offsetof(strait::segment_header, layout_version), std::uint32_t{77});
-  const auto before = test::state_of(name.path());
+  test::overwrite(name, offsetof(strait::segment_header, layout_version), std::uint32_t{77});
+  const auto before = test::state_of(name);
   const channel_state seen = strait::inspect(name.text());
   CHECK(seen.condition == channel_condition::other_version);
   CHECK(seen.trouble.find("found 77") != std::string::npos);
@@ -263,11 +254,60 @@ TEST_CASE("another layout version is named as such and never touched") {
   REQUIRE(in_list);
   CHECK(in_list->condition == channel_condition::other_version);
   check_refused(errc::version_mismatch, {"found 77"}, [&] { strait::remove_channel(name.text()); });
-  CHECK(test::state_of(name.path()) == before);
+  CHECK(test::state_of(name) == before);
+}
+
+TEST_CASE("a file channel is listed while somebody lives in it, and known by its name afterwards") {
+  const channel_name name{"file", test::file_memory::scheme};
+  test::other_process child{"child: holds both ends and sends"};
+  child.say(name.text());
+  REQUIRE(child.hears() == "open");
+  child.say("3");
+  REQUIRE(child.hears() == "sent");
+  const auto by_text = [&]() -> std::optional<channel_state> {
+    for (const channel_state& one : strait::list_channels()) {
+      if (one.name.text() == name.text()) return one;
+    }
+    return std::nullopt;
+  };
+  const auto seen = by_text();
+  REQUIRE(seen);
+  CHECK(seen->condition == channel_condition::live);
+  CHECK(seen->depth == 3);
+  CHECK(seen->ends[sender_index].pid == static_cast<std::uint32_t>(child.pid()));
+  check_refused(errc::end_in_use, {name.text(), std::to_string(child.pid())},
+                [&] { strait::remove_channel(name.text()); });
+  child.kill();
+  CHECK_FALSE(by_text());
+  CHECK(strait::inspect(name.text()).condition == channel_condition::stale);
+  CHECK(strait::inspect(name.text()).depth == 3);
+  strait::remove_channel(name.text());
+  CHECK_FALSE(name.exists());
+}
+
+TEST_CASE("a makeshift name is a leftover when its maker died, and nothing yet while he lives") {
+  const std::string path = "/dev/shm/.strait-new-0123456789abcdef";
+  const std::string name = "posix:.strait-new-0123456789abcdef";
+  const auto condition = [&]() -> std::optional<channel_condition> {
+    for (const channel_state& one : strait::list_channels()) {
+      if (one.name.text() == name) return one.condition;
+    }
+    return std::nullopt;
+  };
+  test::write_file(path, {'h', 'a', 'l', 'f'});
+  strait::file_locks maker{path.c_str(), O_RDWR | O_CLOEXEC, 0};
+  REQUIRE(maker.try_lock(strait::gate_byte));
+  CHECK_FALSE(condition());
+  maker = {};
+  CHECK(condition() == channel_condition::unfinished);
+  strait::remove_channel(name, strait::removal::leftover);
+  CHECK_FALSE(condition());
+  struct ::stat file{};
+  CHECK(::lstat(path.c_str(), &file) != 0);
 }
 
 TEST_CASE("what is not ours is neither listed nor removed") {
-  const channel_name name{"foreign"};
+  const channel_name name{"foreign", test::posix_memory::scheme};
   for (const std::size_t bytes : {std::size_t{0}, std::size_t{3}, std::size_t{8}, std::size_t{5000}}) {
     test::write_file(name.path(), std::vector<char>(bytes, 'x'));
     CHECK_FALSE(listed(name));
@@ -286,7 +326,7 @@ TEST_CASE("what is not ours is neither listed nor removed") {
 }
 
 TEST_CASE("a segment that was cut short is damaged, at every length") {
-  const channel_name name{"cut"};
+  const channel_name name{"cut", test::posix_memory::scheme};
   leave_behind(name, "1");
   const auto whole = strait::inspect(name.text()).segment_bytes;
   for (const std::uint64_t bytes :
@@ -306,13 +346,13 @@ TEST_CASE("a segment that was cut short is damaged, at every length") {
 TEST_CASE("rubbish in any word of the header is shown and harms nobody") {
   const channel_name name{"rubbish"};
   leave_behind(name, "1");
-  const auto whole = test::state_of(name.path()).bytes;
+  const auto whole = test::state_of(name).bytes;
   constexpr std::array<unsigned char, 3> fillings{0xff, 0x80, 0x01};
   for (std::size_t at = sizeof(std::uint64_t); at < sizeof(strait::segment_header); at += sizeof(std::uint64_t)) {
     for (const unsigned char filling : fillings) {
       std::array<unsigned char, sizeof(std::uint64_t)> word{};
       word.fill(filling);
-      overwrite(name, at, word);
+      test::overwrite(name, at, word);
       const auto seen = listed(name);
       REQUIRE(seen);
       CHECK(seen->depth <= seen->capacity);
@@ -320,9 +360,9 @@ TEST_CASE("rubbish in any word of the header is shown and harms nobody") {
     }
     std::array<char, sizeof(std::uint64_t)> right{};
     std::memcpy(right.data(), whole.data() + at, right.size());
-    overwrite(name, at, right);
+    test::overwrite(name, at, right);
   }
-  overwrite(name, offsetof(strait::segment_header, ends), std::uint32_t{4711});
+  test::overwrite(name, offsetof(strait::segment_header, ends), std::uint32_t{4711});
   const channel_state seen = strait::inspect(name.text());
   CHECK(seen.corrupt);
   CHECK_FALSE(seen.ends[sender_index].state);
@@ -331,7 +371,7 @@ TEST_CASE("rubbish in any word of the header is shown and harms nobody") {
 }
 
 TEST_CASE("a file that may not be read is listed as such") {
-  const channel_name name{"secret"};
+  const channel_name name{"secret", test::posix_memory::scheme};
   leave_behind(name, "1");
   REQUIRE(::chmod(name.path().c_str(), 0) == 0);
   const auto look = [&] {

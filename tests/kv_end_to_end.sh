@@ -2,15 +2,14 @@
 # examples/kv as its users meet it: the real redis-cli and redis-benchmark, rude clients, and processes that are killed.
 # usage: kv_end_to_end.sh DIRECTORY    where kv-server and kv-demo are
 set -u
+# shellcheck source=tests/end_to_end.sh
+. "$(dirname "$0")/end_to_end.sh"
 
 server_program=$1/kv-server
 demo_program=$1/kv-demo
-scratch=$(mktemp -d)
-patience=30  # seconds for anything to happen: only a broken program makes us wait that long
-server=      # process of the gateway
-engine=      # process of the engine
+server=  # process of the gateway
+engine=  # process of the engine
 port=
-failures=0
 
 for tool in redis-cli redis-benchmark; do
   command -v $tool >/dev/null || { echo "$tool is not installed (apt install redis-tools)"; exit 77; }
@@ -22,36 +21,6 @@ cleanup() {
   [ -n "$engine" ] && kill -9 "$engine" 2>/dev/null
   rm -rf "$scratch"
 }
-
-fail() {
-  printf 'FAILED: %s\n' "$*"
-  failures=$((failures + 1))
-}
-
-give_up() {
-  fail "$@"
-  cat "$scratch/out" "$scratch/err" 2>/dev/null
-  exit 1
-}
-
-expect() {  # WHAT EXPECTED FOUND
-  [ "$2" == "$3" ] || fail "$(printf '%s: expected %q, found %q' "$1" "$2" "$3")"
-}
-
-expect_match() {  # WHAT PATTERN FOUND
-  # shellcheck disable=SC2053
-  [[ $3 == $2 ]] || fail "$(printf '%s: expected %q, found %q' "$1" "$2" "$3")"
-}
-
-eventually() {  # COMMAND...: until it succeeds
-  local end=$((SECONDS + patience))
-  until "$@"; do
-    [ $SECONDS -lt $end ] || return 1
-    sleep 0.02
-  done
-}
-
-step() { printf '%s\n' "-- $*"; }
 
 still_there() { kill -0 "$server" 2>/dev/null || give_up 'kv-server is no longer there'; }
 
@@ -71,9 +40,6 @@ start_server() {
   eventually answers_ping || give_up 'kv-server does not answer PING'
 }
 
-# A process whose parent has died stays a zombie until somebody else sees to it, and is over nevertheless.
-is_over() { ! grep -q '^State:[[:space:]]*[^Z[:space:]]' "/proc/$1/status" 2>/dev/null; }
-is_stopped() { ! grep -h ^State "/proc/$1"/task/*/status | grep -qv T; }
 nothing_left() { ! compgen -G "/dev/shm/*strait-kv.$port.*" >/dev/null; }
 
 server_ends() {  # WHEN EXPECTED_STATUS: waits for both processes and looks behind them
@@ -270,5 +236,4 @@ server_ends 'kill -9 of the gateway' 137
 step 'kv-demo'
 timeout 300 "$demo_program" || fail 'kv-demo'
 
-[ $failures -eq 0 ] || exit 1
-echo 'all was well'
+all_was_well

@@ -2,12 +2,11 @@
 # examples/pipeline as its users meet it: gunzip and cmp tell whether the file is the same, and workers are killed.
 # usage: pipeline_end_to_end.sh PIPELINE
 set -u
+# shellcheck source=tests/end_to_end.sh
+. "$(dirname "$0")/end_to_end.sh"
 
 pipeline=$1
-scratch=$(mktemp -d)
-patience=30  # seconds for anything to happen: only a broken program makes us wait that long
-run=         # process of the pipeline
-failures=0
+run=  # process of the pipeline
 
 trap cleanup EXIT
 cleanup() {
@@ -16,30 +15,6 @@ cleanup() {
   rm -rf "$scratch"
 }
 
-fail() {
-  printf 'FAILED: %s\n' "$*"
-  failures=$((failures + 1))
-}
-
-give_up() {
-  fail "$@"
-  cat "$scratch/err" 2>/dev/null
-  exit 1
-}
-
-eventually() {  # COMMAND...: until it succeeds
-  local end=$((SECONDS + patience))
-  until "$@"; do
-    [ $SECONDS -lt $end ] || return 1
-    sleep 0.01
-  done
-}
-
-step() { printf '%s\n' "-- $*"; }
-
-# A process whose parent has died stays a zombie until somebody else sees to it, and is over nevertheless.
-is_over() { ! grep -q '^State:[[:space:]]*[^Z[:space:]]' "/proc/$1/status" 2>/dev/null; }
-is_stopped() { ! grep -h ^State "/proc/$1"/task/*/status | grep -qv T; }
 worker() { sed -n "s/^pipeline: worker $1 is process //p" "$scratch/err" | tail -n 1; }  # PLACE: who holds it now
 has_worker() { [ -n "$(worker "$1")" ]; }
 nothing_left() { ! compgen -G "/dev/shm/strait-pipeline.$1.*" >/dev/null; }
@@ -161,5 +136,4 @@ complains 'usage:*' 2 "$scratch/big"
 complains 'usage:*' 2 "$scratch/big" "$scratch/out.gz" --workers 0
 ! compgen -G "$scratch/out.gz*" >/dev/null || fail 'an error leaves an output'
 
-[ $failures -eq 0 ] || exit 1
-echo 'all was well'
+all_was_well

@@ -118,6 +118,34 @@ struct content<std::unique_ptr<std::uint64_t>> {
 
 }  // namespace
 
+TEST_CASE("messages that are taken in their slots: as far as is known, to the eighth, and never one that came alone") {
+  lane<std::uint64_t> one{64, 1'000'003};
+  const std::uint64_t start = one.consumer.head();
+  CHECK(one.consumer.plain_until() == start);  // nothing is known
+  CHECK_FALSE(one.something());
+  CHECK(one.try_push(std::uint64_t{0}));
+  CHECK(one.something());
+  CHECK(one.consumer.plain_until() == start);  // it may lie beside `tail`
+  CHECK(one.take() == 0);
+  for (std::uint64_t i = 1; i <= 5; ++i) CHECK(one.try_push(i));
+  CHECK(one.something());
+  CHECK(one.consumer.plain_until() == start + 6);
+  for (std::uint64_t i = 6; i <= 20; ++i) CHECK(one.try_push(i));
+  CHECK(one.consumer.look() == 20);
+  CHECK(one.consumer.plain_until() == start + 7);  // the eighth since `head` was published releases
+  std::uint64_t expected = 1;
+  while (one.consumer.head() < one.consumer.plain_until()) {
+    one.consumer.advance();
+    CHECK(one.consumer.last<std::uint64_t>(one.slots.data()) == expected++);
+    CHECK_FALSE(one.consumer.release_due());
+  }
+  CHECK(expected == 7);
+  CHECK(one.take() == expected++);
+  CHECK(one.consumer.release_due());
+  one.consumer.publish_head();
+  CHECK(one.consumer.plain_until() == start + 15);
+}
+
 TEST_CASE("an empty lane has nothing and all its room") {
   lane<std::uint64_t> line{8};
   CHECK(line.consumer.known() == 0);

@@ -22,6 +22,7 @@
 #include <asio/write.hpp>
 #include <atomic>
 #include <chrono>
+#include <coroutine>
 #include <cstdint>
 #include <exception>
 #include <future>
@@ -219,6 +220,54 @@ TEST_CASE("join waits for every task, those too that tasks spawn") {
   rt.spawn(tree::grow(rt, 6, done));
   rt.join();
   CHECK(done == 127);
+}
+
+namespace {
+
+/// Goes on in a thread of its own, which knows nothing of any hub.
+struct elsewhere {
+  std::vector<std::thread>& threads;
+  [[nodiscard]] bool await_ready() const noexcept { return false; }
+  void await_suspend(std::coroutine_handle<> awaiting) const {
+    threads.emplace_back([awaiting] { awaiting.resume(); });
+  }
+  void await_resume() const noexcept {}
+};
+
+}  // namespace
+
+TEST_CASE("a task that ends on a foreign thread has ended, in its first turn or later, with an error or without") {
+  for (const bool later : {false, true}) {
+    for (const bool fails : {false, true}) {
+      std::vector<std::thread> threads;
+      std::atomic<int> done{0};
+      bool caught = false;
+      {
+        strait::runtime rt{workers(1)};
+        rt.spawn([](strait::runtime& own, std::vector<std::thread>& by, std::atomic<int>& count, bool wait,
+                    bool fail) -> strait::task<> {
+          for (int i = 0; i < 20; ++i) {
+            own.spawn(
+                [](std::vector<std::thread>& on, std::atomic<int>& ended, bool yields, bool throws) -> strait::task<> {
+                  if (yields) co_await strait::yield();
+                  co_await elsewhere{on};
+                  ++ended;
+                  if (throws) throw std::runtime_error{"elsewhere"};
+                }(by, count, wait, fail));
+          }
+          co_return;
+        }(rt, threads, done, later, fails));
+        try {
+          rt.join();
+        } catch (const std::runtime_error& error) {
+          caught = std::string{error.what()} == "elsewhere";
+        }
+      }
+      for (std::thread& each : threads) each.join();
+      CHECK(done == 20);
+      CHECK(caught == fails);
+    }
+  }
 }
 
 TEST_CASE("join throws the first exception that left a task, when all have ended") {

@@ -7,9 +7,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <initializer_list>
@@ -20,6 +23,8 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include "memories.hpp"
 
 namespace test {
 
@@ -51,10 +56,38 @@ inline int system_v_segment(::key_t key) {
   return ::shmget(key, 0, 0);
 }
 
+/// A System V segment in this process's address space, whole; its label is not among its bytes.
+class attached_segment {
+ public:
+  explicit attached_segment(int identifier, int flags = 0) : data_{::shmat(identifier, nullptr, flags)} {
+    ::shmid_ds kernels{};
+    if (data_ == reinterpret_cast<void*>(-1) || ::shmctl(identifier, IPC_STAT, &kernels) != 0) {
+      throw std::system_error{errno, std::system_category(), "a System V segment"};
+    }
+    whole_ = kernels.shm_segsz;
+    mode_ = kernels.shm_perm.mode & 07777U;
+  }
+  attached_segment(const attached_segment&) = delete;
+  attached_segment& operator=(const attached_segment&) = delete;
+  ~attached_segment() { ::shmdt(data_); }
+  [[nodiscard]] char* data() const { return static_cast<char*>(data_); }
+  [[nodiscard]] std::size_t size() const { return (whole_ - label_bytes) / 8 * 8; }
+  [[nodiscard]] ::mode_t mode() const { return mode_; }
+
+  /// Ends each of our segments: a magic number, the device of the companion, the channel's name.
+  static constexpr std::size_t label_bytes = 272;
+
+ private:
+  void* data_;
+  std::size_t whole_ = 0;
+  ::mode_t mode_ = 0;
+};
+
 /// A name that no other test run uses. Whatever a failed test leaves under it is taken away.
 class channel_name {
  public:
-  explicit channel_name(std::string_view what, std::string_view scheme = posix_memory::scheme) : scheme_{scheme} {
+  /// In the memory of this run, unless said otherwise.
+  explicit channel_name(std::string_view what, std::string_view scheme = test::scheme()) : scheme_{scheme} {
     static int count = 0;
     directory_ = scheme == file_memory::scheme ? std::filesystem::temp_directory_path().string() + '/' : "/dev/shm/";
     if (is_system_v()) directory_ += ".strait-sysv-";
@@ -116,15 +149,10 @@ inline file_state state_of(const channel_name& name) {
   file_state state = state_of(name.path());
   const int segment = name.is_system_v() ? system_v_segment(key_of(name.bare())) : -1;
   if (segment < 0) return state;
-  ::shmid_ds kernels{};
-  void* data = ::shmat(segment, nullptr, SHM_RDONLY);
-  if (::shmctl(segment, IPC_STAT, &kernels) != 0 || data == reinterpret_cast<void*>(-1)) {
-    throw std::system_error{errno, std::system_category(), name.text()};
-  }
-  state.bytes.assign(static_cast<const char*>(data), static_cast<const char*>(data) + kernels.shm_segsz);
-  ::shmdt(data);
+  const attached_segment seen{segment, SHM_RDONLY};
+  state.bytes.assign(seen.data(), seen.data() + seen.size());
   state.inode = static_cast<::ino_t>(segment);
-  state.mode = kernels.shm_perm.mode & 07777U;
+  state.mode = seen.mode();
   return state;
 }
 
@@ -132,6 +160,38 @@ inline void write_file(const std::string& path, const std::vector<char>& bytes) 
   std::ofstream stream{path, std::ios::binary | std::ios::trunc};
   stream.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   if (!stream.flush()) throw std::runtime_error{"cannot write " + path};
+}
+
+/// Has these bytes be the segment under the name, as if a crash had left them.
+inline void plant(const channel_name& name, const std::vector<char>& bytes) {
+  if (!name.is_system_v()) return write_file(name.path(), bytes);
+  ::shmctl(system_v_segment(key_of(name.bare())), IPC_RMID, nullptr);
+  const std::size_t size = (bytes.size() + 7) / 8 * 8 + attached_segment::label_bytes;
+  struct ::stat ours{};
+  struct ::stat directory{};
+  ::stat("/proc/self/ns/ipc", &ours);
+  ::stat("/dev/shm", &directory);
+  const std::array<std::uint64_t, 3> companion{0x5354'5241'4954'0b00, size, ours.st_ino};
+  write_file(name.path(), {reinterpret_cast<const char*>(companion.data()),
+                           reinterpret_cast<const char*>(companion.data() + companion.size())});
+  const attached_segment made{::shmget(key_of(name.bare()), size, IPC_CREAT | IPC_EXCL | 0600)};
+  std::copy(bytes.begin(), bytes.end(), made.data());
+  const std::array<std::uint64_t, 2> label{0x5354'5241'4954'0c00, directory.st_dev};
+  std::memcpy(made.data() + made.size(), label.data(), sizeof label);
+  name.bare().copy(made.data() + made.size() + sizeof label, name.bare().size());
+}
+
+/// Writes a word into the segment under the name, whoever lives in it.
+template <class Field>
+void overwrite(const channel_name& name, std::size_t at, Field value) {
+  if (name.is_system_v()) {
+    std::memcpy(attached_segment{system_v_segment(key_of(name.bare()))}.data() + at, &value, sizeof value);
+    return;
+  }
+  const int file = ::open(name.path().c_str(), O_WRONLY | O_CLOEXEC);
+  const bool written = ::pwrite(file, &value, sizeof value, static_cast<::off_t>(at)) == sizeof value;
+  ::close(file);
+  if (!written) throw std::system_error{errno, std::system_category(), name.path()};
 }
 
 /// Fails unless `attempt` throws a std::system_error of that code whose text holds all the words.

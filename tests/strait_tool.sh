@@ -2,22 +2,22 @@
 # The tool strait as its users meet it: channels of two processes, which are then killed; strange names; misuse.
 # usage: strait_tool.sh STRAIT PEER    the tool, and tests/tool_peer.cpp
 #
-# `rm --stale` clears the whole machine, so this runs where /dev/shm is its own: in a mount namespace.
+# `rm --stale` clears the whole machine, so this runs where /dev/shm and System V memory are its own: in namespaces.
 set -u
 
 if [ "${STRAIT_TOOL_OWN_SHM:-}" != 1 ]; then
   command -v jq >/dev/null || { echo 'jq is not installed (apt install jq)'; exit 77; }
-  own=(unshare -m)
-  "${own[@]}" mount -t tmpfs none /dev/shm 2>/dev/null || own=(unshare -Urm)
+  own=(unshare -mi)
+  "${own[@]}" mount -t tmpfs none /dev/shm 2>/dev/null || own=(unshare -Urmi)
   "${own[@]}" mount -t tmpfs none /dev/shm 2>/dev/null || { echo 'no mount namespace can be had'; exit 77; }
   # shellcheck disable=SC2016
   STRAIT_TOOL_OWN_SHM=1 exec "${own[@]}" bash -c 'mount -t tmpfs none /dev/shm && exec "$@"' sh "$0" "$@"
 fi
 
+# shellcheck source=tests/end_to_end.sh
+. "$(dirname "$0")/end_to_end.sh"
 strait=$1
 peer=$2
-scratch=$(mktemp -d)
-failures=0
 pids=()
 
 trap cleanup EXIT
@@ -25,22 +25,6 @@ cleanup() {
   ((${#pids[@]} == 0)) || kill -9 "${pids[@]}" 2>/dev/null
   rm -rf "$scratch"
 }
-
-fail() {
-  printf 'FAILED: %s\n' "$*"
-  failures=$((failures + 1))
-}
-
-expect() {  # WHAT EXPECTED FOUND
-  [ "$2" == "$3" ] || fail "$(printf '%s: expected %q, found %q' "$1" "$2" "$3")"
-}
-
-expect_match() {  # WHAT PATTERN FOUND
-  # shellcheck disable=SC2053
-  [[ $3 == $2 ]] || fail "$(printf '%s: expected %q, found %q' "$1" "$2" "$3")"
-}
-
-step() { printf '%s\n' "-- $*"; }
 
 # run STATUS ARGUMENT...: the tool; what it says is in $out and $err.
 run() {
@@ -57,7 +41,8 @@ query() { jq -r "$1" "$scratch/out" 2>&1; }
 
 enter() {  # ROLE NAME: starts an end and waits until it has entered; its process is in $entered
   local word
-  exec 9< <("$peer" "$1" "$2" 2>>"$scratch/peers" & echo $!; wait)
+  # One process says both words, or they could come in either order.
+  exec 9< <(exec bash -c 'echo $$; exec "$@"' sh "$peer" "$1" "$2" 2>>"$scratch/peers")
   # Known before it has entered: one that does not must be killed as well, or ctest waits for what it has open.
   read -r -t 30 entered <&9 && pids+=("$entered")
   read -r -t 30 word <&9 && [ "$word" == in ] || {
@@ -125,6 +110,54 @@ run 0 ls --json
 expect 'removed' 0 "$(query length)"
 [ ! -e /dev/shm/readings ] || fail 'rm --stale left the file'
 
+step 'the other memories'
+enter receiver sysv:readings
+receiver=$entered
+enter sender "file:$scratch/readings.ring"
+sender=$entered
+run 0 ls
+expect_match 'ls of the other memories' "*file:$scratch/readings.ring*live*sysv:readings*live*" "$out"
+run 0 ls --json
+expect 'their schemes' "file $scratch/readings.ring live sysv readings live" \
+  "$(query '[.[] | "\(.scheme) \(.name) \(.state)"] | join(" ")')"
+run 0 top --once --interval 0.05
+expect_match 'top of the other memories' '*file:*sysv:*' "$out"
+run 1 rm sysv:readings "file:$scratch/readings.ring"
+expect_match 'rm of live channels' "*$receiver*$sender*" "$err"
+kill -9 "$sender" "$receiver"
+gone "$sender" "$receiver"
+run 0 ls --json
+expect 'a file is found by ls only while somebody lives in it' 'sysv stale' "$(query '[.[] | "\(.scheme) \(.state)"] | join(" ")')"
+run 0 stat "file:$scratch/readings.ring" --json
+expect 'a file is known by its name' 'stale dead' "$(query '.[0] | "\(.state) \(.ends[0].state)"')"
+run 0 rm --stale
+expect 'rm --stale' 'removed sysv:readings' "$out"
+[ -e "$scratch/readings.ring" ] || fail 'rm --stale removed a file, which is to outlive everybody'
+run 0 rm "file:$scratch/readings.ring"
+[ ! -e "$scratch/readings.ring" ] || fail 'rm left the file'
+[ -z "$(ls -A /dev/shm)" ] || fail "left in /dev/shm: $(ls -A /dev/shm)"
+expect 'System V segments' 1 "$(wc -l </proc/sysvipc/shm)"
+
+step 'halves of System V channels'
+enter receiver sysv:torn
+kill -9 "$entered"
+gone "$entered"
+rm /dev/shm/.strait-sysv-torn
+run 0 ls --json
+expect 'a segment without companion' 'torn sysv unfinished' "$(query '.[] | "\(.name) \(.scheme) \(.state)"')"
+run 0 rm --stale
+expect 'rm --stale' 'removed sysv:torn' "$out"
+expect 'System V segments' 1 "$(wc -l </proc/sysvipc/shm)"
+enter receiver sysv:torn
+kill -9 "$entered"
+gone "$entered"
+ipcrm -M "$(awk 'NR == 2 {printf "0x%08x", $1 < 0 ? $1 + 4294967296 : $1}' /proc/sysvipc/shm)"
+run 0 ls --json
+expect 'a companion without segment' 'torn sysv unfinished' "$(query '.[] | "\(.name) \(.scheme) \(.state)"')"
+run 0 rm --stale
+expect 'rm --stale' 'removed sysv:torn' "$out"
+[ -z "$(ls -A /dev/shm)" ] || fail "left in /dev/shm: $(ls -A /dev/shm)"
+
 step 'a strange name'
 strange=$'\e[31mred "\\\n\xff\u202e'
 enter receiver "posix:$strange"
@@ -173,5 +206,4 @@ if [ -e /dev/full ]; then
   expect 'the status where nothing can be written' 1 "$status"
 fi
 
-((failures == 0)) || { printf '%d checks failed\n' "$failures"; exit 1; }
-echo 'all checks passed'
+all_was_well

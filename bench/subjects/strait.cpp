@@ -39,6 +39,7 @@ std::string file_path(std::uint64_t nonce, std::string_view way) {
 
 std::string channel_name(const end& self, std::string_view way) {
   if (self.memory() == memory::file) return "file:" + file_path(self.nonce(), way);
+  if (self.memory() == memory::system_v) return "sysv:" + bare_name(self.nonce(), way);
   return "posix:" + bare_name(self.nonce(), way);
 }
 
@@ -172,21 +173,59 @@ strait::task<> guarded(end& self, strait::task<> work) {
   }
 }
 
+strait::channel_options options_for(const end& self) {
+  strait::channel_options options{.capacity = capacity_for(self.message_bytes())};
+  if (self.kind() == work::parked) options.wait = strait::wait_policy::park;
+  return options;
+}
+
+bool pings(const end& self) {
+  return self.kind() == work::spin || self.kind() == work::parked;
+}
+
+/// `back` has no end unless there are answers.
+template <class M>
+strait::task<> producers_work(end& self, strait::sender<M> there, strait::receiver<M> back) {
+  if (pings(self)) return send_pings<M>(self, std::move(there), std::move(back));
+  return self.kind() == work::batch ? send_batches<M>(self, std::move(there)) : send_each<M>(self, std::move(there));
+}
+
+template <class M>
+strait::task<> consumers_work(end& self, strait::receiver<M> there, strait::sender<M> back) {
+  if (pings(self)) return answer_pings<M>(self, std::move(there), std::move(back));
+  return self.kind() == work::batch ? receive_batches<M>(self, std::move(there))
+                                    : receive_each<M>(self, std::move(there));
+}
+
 template <class M>
 strait::task<> work_of(end& self) {
-  strait::channel_options options{.capacity = capacity_for(sizeof(M))};
-  if (self.kind() == work::parked) options.wait = strait::wait_policy::park;
+  const strait::channel_options options = options_for(self);
   const std::string there = channel_name(self, "there");
   const std::string back = channel_name(self, "back");
-  const bool pings = self.kind() == work::spin || self.kind() == work::parked;
   if (self.producing()) {
     auto tx = strait::open_sender<M>(there, options);
-    if (pings) return send_pings<M>(self, std::move(tx), strait::open_receiver<M>(back, options));
-    return self.kind() == work::batch ? send_batches<M>(self, std::move(tx)) : send_each<M>(self, std::move(tx));
+    return producers_work<M>(self, std::move(tx),
+                             pings(self) ? strait::open_receiver<M>(back, options) : strait::receiver<M>{});
   }
   auto rx = strait::open_receiver<M>(there, options);
-  if (pings) return answer_pings<M>(self, std::move(rx), strait::open_sender<M>(back, options));
-  return self.kind() == work::batch ? receive_batches<M>(self, std::move(rx)) : receive_each<M>(self, std::move(rx));
+  return consumers_work<M>(self, std::move(rx),
+                           pings(self) ? strait::open_sender<M>(back, options) : strait::sender<M>{});
+}
+
+/// Both ends, each on a worker that is pinned where its process would be.
+void run_in_one_process(end& producer) {
+  end consumer = producer.other();
+  strait::runtime near{{.cpus = std::vector<unsigned>{producer.cpu()}}};
+  strait::runtime far{{.cpus = std::vector<unsigned>{consumer.cpu()}}};
+  with_message(producer.message_bytes(), [&]<class M>() {
+    const strait::channel_options options = options_for(producer);
+    auto [tx, rx] = strait::make_channel<M>(options);
+    auto [back_tx, back_rx] = strait::make_channel<M>(options);
+    near.spawn(guarded(producer, producers_work<M>(producer, std::move(tx), std::move(back_rx))));
+    far.spawn(guarded(consumer, consumers_work<M>(consumer, std::move(rx), std::move(back_tx))));
+  });
+  near.join();
+  far.join();
 }
 
 void run(end& self) {
@@ -202,6 +241,7 @@ void run(end& self) {
     default:
       break;
   }
+  if (self.memory() == memory::private_memory) return run_in_one_process(self);
   // The process itself stays free to use every CPU and its one worker is pinned, as strait does it for its users.
   strait::runtime runtime{{.cpus = std::vector<unsigned>{self.cpu()}}};
   with_message(self.message_bytes(), [&]<class M>() { runtime.spawn(guarded(self, work_of<M>(self))); });
@@ -218,6 +258,11 @@ void forget_names(std::uint64_t nonce) {
     ::shm_unlink(("/" + bare_name(nonce, way)).c_str());
     std::error_code ignored;  // most runs make no file
     std::filesystem::remove(file_path(nonce, way), ignored);
+    try {
+      strait::remove_channel("sysv:" + bare_name(nonce, way));
+    } catch (const std::system_error& error) {
+      if (error.code() != std::errc::no_such_file_or_directory) fmt::print(stderr, "strait-demo: {}\n", error.what());
+    }
   }
 }
 
@@ -229,6 +274,7 @@ subject strait_subject() {
           .run = run,
           .forget_names = forget_names,
           .is_ring = true,
+          .may_be_alone = true,
           .pins_itself = true};
 }
 

@@ -60,12 +60,12 @@ namespace strait {
 
 /// Runs a task in a context of your own. An exception that leaves it is thrown out of the context's `run()`.
 ///
-/// Waits: never. Allocates: one frame. Errors: `std::bad_alloc`. Complexity: constant.
+/// Waits: never. Allocates: at the first call in a context, its hub. Errors: as `hub_of`. Complexity: as `hub_of`.
 inline void spawn(const asio::any_io_executor& executor, task<> what) {
   spawn_on(hub_of(executor), std::move(what));
 }
 
-/// The context's executor.
+/// The same, on the context's executor.
 inline void spawn(asio::io_context& context, task<> what) {
   spawn(context.get_executor(), std::move(what));
 }

@@ -63,12 +63,14 @@ package() {
   tar -xf "$work/strait.tar" -C "$work/strait" --strip-components=1
 
   # With /usr as the prefix the folders are Debian's own.
-  configure "$work/strait" "${with_ninja[@]}" -DCMAKE_INSTALL_PREFIX=/usr -DCMAKE_BUILD_TYPE=Release \
-    -DSTRAIT_TESTS=OFF -DSTRAIT_BENCH=OFF -DSTRAIT_EXAMPLES=OFF -DSTRAIT_TOOL=OFF
+  DEBFULLNAME='A Stranger' DEBEMAIL=stranger@example.org \
+    configure "$work/strait" "${with_ninja[@]}" -DCMAKE_INSTALL_PREFIX=/usr -DCMAKE_BUILD_TYPE=Release \
+    -DSTRAIT_TESTS=OFF -DSTRAIT_BENCH=OFF -DSTRAIT_EXAMPLES=OFF
   cmake --build "$work/strait/build"
   cmake --install "$work/strait/build" --prefix "$work/prefix"
   (cd "$work/strait/build" && cpack -G DEB)
   mv "$work"/strait/build/libstrait-dev_*.deb "$work/libstrait-dev.deb"
+  mv "$work"/strait/build/strait_*.deb "$work/strait.deb"
   rm -rf "${work:?}/strait"
 
   # What a package carries to its users must hold for their compiler and on their machine.
@@ -76,21 +78,24 @@ package() {
   if grep -rnF "$work" "$work/prefix"; then die "the installation carries paths of our build"; fi
 }
 
+# inspect_debian PACKAGE DEPENDENCY...: what the package says of itself is true, and apt would install it.
 inspect_debian() {
-  local deb=$work/libstrait-dev.deb name
+  local package=$1 deb=$work/$1.deb name
+  shift
   dpkg-deb --info "$deb"
   dpkg-deb --contents "$deb"
-  [[ $(dpkg-deb -f "$deb" Package) == libstrait-dev ]] || die "expected the package libstrait-dev, found another name"
-  for name in libasio-dev libhwloc-dev libmimalloc-dev pkg-config; do
+  [[ $(dpkg-deb -f "$deb" Package) == "$package" ]] || die "expected the package $package, found another name"
+  name=$(dpkg-deb -f "$deb" Maintainer)
+  [[ $name == 'A Stranger <stranger@example.org>' ]] || die "expected its maker as its maintainer, found '$name'"
+  for name in "$@"; do
     [[ $(dpkg-deb -f "$deb" Depends) == *"$name"* ]] || die "expected a dependency on $name, found none"
   done
   # apt is the judge of the dependencies; it only says what it would do.
   apt-get install --simulate --no-install-recommends "$deb" | tee "$work/simulated"
-  grep -q '^Inst libstrait-dev ' "$work/simulated" || die "apt would not install the package"
-  if grep -E '^Inst ' "$work/simulated" | grep -v '^Inst libstrait-dev '; then
-    die "the package depends on what its own build did not need"
+  grep -q "^Inst $package " "$work/simulated" || die "apt would not install the package $package"
+  if grep -E '^Inst ' "$work/simulated" | grep -v "^Inst $package "; then
+    die "the package $package depends on what its own build did not need"
   fi
-  rm -rf "${work:?}/root"
   dpkg-deb -x "$deb" "$work/root"
 }
 
@@ -98,7 +103,10 @@ inspect_debian() {
 consume() {
   local name=$1-$2${3:+-$3} options program
   if [[ $1 == debian ]]; then
-    inspect_debian
+    rm -rf "${work:?}/root"
+    inspect_debian libstrait-dev libasio-dev libhwloc-dev libmimalloc-dev pkg-config
+    inspect_debian strait libc6 libhwloc
+    "$work/root/usr/bin/strait" ls --json
     project installed "$name"
   else
     project "$1" "$name"
