@@ -25,7 +25,8 @@ class spawn_observer {
   ~spawn_observer() = default;
 };
 
-/// Starts `what` on a hub, from any thread; nobody awaits it. If the context is destroyed first, so is the task.
+/// Starts `what` on a hub, from any thread; nobody awaits it. If the context is destroyed first, so is the task. A thread
+/// of something foreign that resumes it uses the hub until that call returns, so the context outlives the call.
 ///
 /// Waits: never. Allocates: never. Errors: what leaves the task goes to `observer`; without one, it is thrown out of the
 /// context's `run()`. Complexity: constant.
