@@ -279,7 +279,7 @@ class doorbell {
 /// Rings whoever waits at the other end of a line; see `doorbell::attend`.
 ///
 /// Waits: never, whatever the peer does with its end: where the line is full nobody has read it, so the peer's hub does
-/// not sleep on it; where it has ended, the peer has left. Allocates: never. Complexity: one system call.
+/// not sleep on it; where it has ended, the peer has left. Allocates: never. Errors: none. Complexity: one system call.
 void ring_line(int line) noexcept;
 
 /// A process as others find it: 128 random bits, drawn when it first opens a channel that others can enter. Process ids

@@ -94,8 +94,7 @@ class runtime {
 
   /// Starts a task on the next worker of all. From any thread.
   ///
-  /// Waits: as a node's `spawn`. Allocates: never. Errors: none; what leaves the task is thrown by `join`. Complexity:
-  /// constant.
+  /// Waits: never. Allocates: never. Errors: what leaves the task is thrown by `join`. Complexity: constant.
   void spawn(task<> what) noexcept;
 
   /// Waits until every spawned task has ended, or `stop` was called, and stops the workers. Throws the first exception
