@@ -368,11 +368,7 @@ class endpoint final : private process_watcher {
   }
 
   /// The death that `look_at_peer` told of was reported to the user.
-  inline void death_reported() noexcept {
-    // acquire: as in look_at_peer.
-    death_seen_ = peer().last_death.load(std::memory_order_acquire);
-    death_told_ = true;
-  }
+  void death_reported() noexcept;
 
   /// Whether this process is a child, made by fork, of the one that opened this end in a named segment: then the end is
   /// the parent's, and what lies where the segment was is a copy with cursors that cannot be.
@@ -445,6 +441,7 @@ class endpoint final : private process_watcher {
     return fate == news::died && death_told_ ? news::closed : fate;
   }
   void close() noexcept;
+  [[nodiscard]] bool peer_has_left() noexcept;
 
   // Read on the path of each message that found its peer not awake, and at each look at an empty lane.
   segment_header* header_ = nullptr;
@@ -482,6 +479,8 @@ class endpoint final : private process_watcher {
   /// of the line is the peer's reason to look at them.
   unshared_descriptor line_;
   std::uint64_t attended_by_ = 0;
+  /// Whose incarnation is watched.
+  process_identity watched_process_;
   /// The peer that was alive when the hub announced itself, and so has its doorbell.
   std::uint32_t announced_to_ = 0;
   std::unique_ptr<futex_relay> relay_;

@@ -311,6 +311,17 @@ struct process_identity {
 /// Waits: never. Allocates: the first time. Errors: none. Complexity: one system call.
 void ring_doorbell(process_identity owner, std::uint64_t number) noexcept;
 
+/// Remembers that a process has died, the last 256 of them: the kernel drops its locks one after the other, and who finds
+/// one still held then knows that it is about to be dropped.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: linear in what is remembered.
+void remember_death(process_identity process) noexcept;
+
+/// Whether a process is among those remembered. Says nothing of others: they may live or have died.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: linear in what is remembered.
+[[nodiscard]] bool is_remembered_dead(process_identity process) noexcept;
+
 /// Who wants to know when a process may have ended.
 ///
 /// Waits: never. Allocates: never. Errors: none. Complexity: a system call or two.

@@ -714,7 +714,7 @@ void endpoint::close() noexcept {
   // release: as above.
   own_word().store(static_cast<std::uint32_t>(presence::closed), std::memory_order_release);
   ring(claim_ring(peer_word(), barrier_));
-  if (at_the_gate && !segment_.locks.held_by_other(byte_of(other(role_)))) {
+  if (at_the_gate && peer_has_left()) {
     // Messages for a receiver that has yet to come keep the name; otherwise the last one out removes it.
     const bool undelivered =
         header_->lane.tail.load(std::memory_order_relaxed) != header_->lane.head.load(std::memory_order_relaxed);
@@ -723,6 +723,32 @@ void endpoint::close() noexcept {
     if (!(undelivered && receiver_to_come) && !name_.outlives_its_ends()) remove_name(name_, segment_.locks);
   }
   // Closing the descriptor, in the destructor of segment_, drops this end's lock and the gate at once.
+}
+
+/// With the gate held: whether this end is the last one.
+bool endpoint::peer_has_left() noexcept {
+  const std::uint64_t theirs = byte_of(other(role_));
+  if (!segment_.locks.held_by_other(theirs)) return true;
+  // A living peer takes the name away when it leaves. A dead one does not, and the kernel drops its locks one after the
+  // other: we may have been told of its death by another channel, which was the first. Then the rest is sure to follow,
+  // and there is nobody but us to take the name away.
+  const end_entry& them = peer();
+  // relaxed, both: ordered by the gate.
+  const process_identity process{them.process_high.load(std::memory_order_relaxed),
+                                 them.process_low.load(std::memory_order_relaxed)};
+  return !name_.outlives_its_ends() && is_remembered_dead(process) &&
+         segment_.locks.lock_within(theirs, std::chrono::seconds{1});
+}
+
+void endpoint::death_reported() noexcept {
+  // acquire: as in look_at_peer.
+  death_seen_ = peer().last_death.load(std::memory_order_acquire);
+  death_told_ = true;
+  if (name_.scheme == memory_scheme::handed_over) return;  // has no name that anybody would have to take away
+  // A replacement that entered in the middle of watch_peer may be taken for the dead here. That costs whoever closes
+  // beside it a second at most: in peer_has_left, the lock decides.
+  // relaxed: written by this thread.
+  if (watched_incarnation_.load(std::memory_order_relaxed) == death_seen_) remember_death(watched_process_);
 }
 
 void endpoint::ring(presence parked) noexcept {
@@ -772,6 +798,7 @@ void endpoint::watch_peer() noexcept {
   const std::uint32_t incarnation = them.incarnation.load(std::memory_order_acquire);
   const process_identity process{them.process_high.load(std::memory_order_relaxed),
                                  them.process_low.load(std::memory_order_relaxed)};
+  watched_process_ = process;
   // Before the watch begins, because look() may run at once.
   const std::uint32_t before = watched_incarnation_.exchange(incarnation, std::memory_order_relaxed);
   if (process == this_process()) return;
