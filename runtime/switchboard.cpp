@@ -199,7 +199,8 @@ class switchboard {
   }
 
   void remember_death(process_identity process) noexcept {
-    if (is_remembered_dead(process)) return;
+    // This process lives, whatever rubbish in a segment says: else each close beside an end of our own would wait.
+    if (process == identity_ || is_remembered_dead(process)) return;
     dead_[next_dead_] = process;
     next_dead_ = (next_dead_ + 1) % dead_.size();
   }
