@@ -289,8 +289,9 @@ struct boot_identity {
 
 /// This boot, as /proc/sys/kernel/random/boot_id tells it: the same in every container of the machine.
 ///
-/// Waits: never. Allocates: never. Errors: none. Complexity: three system calls, once.
-[[nodiscard]] boot_identity this_boot() noexcept;
+/// Waits: never. Allocates: never. Errors: EMFILE, ENFILE or ENOMEM when there is no descriptor to read it with; the next
+/// call tries again. Complexity: three system calls, once.
+[[nodiscard]] boot_identity this_boot();
 
 /// Counts the forks that led to this process; an end that was opened under another count belongs to a parent.
 [[nodiscard]] std::uint32_t fork_generation() noexcept;

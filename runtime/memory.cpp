@@ -1023,10 +1023,15 @@ bool file_locks::inhabited_by_other() const noexcept {
   return ::fcntl(descriptor(), F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
 }
 
-boot_identity this_boot() noexcept {
+boot_identity this_boot() {
   static const boot_identity known = [] {
     boot_identity read;
-    const int file = ::open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+    constexpr const char* path = "/proc/sys/kernel/random/boot_id";
+    const int file = ::open(path, O_RDONLY | O_CLOEXEC);
+    // Only what stays as it is may be remembered: who once took this boot for another would be let in nowhere any more.
+    if (file < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOMEM)) {
+      fail_errno(errno, std::string{"which boot this is: opening "} + path);
+    }
     if (file < 0) return read;
     std::array<char, 36> text{};  // 32 digits and four dashes
     const ::ssize_t got = ::read(file, text.data(), text.size());
