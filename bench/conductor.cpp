@@ -86,6 +86,24 @@ std::string describe_status(int status) {
   return fmt::format("exit status {}", WEXITSTATUS(status));
 }
 
+/// The threads of a process, those among them that have ended and nobody has waited for.
+std::vector<pid_t> threads_of(pid_t process) {
+  std::vector<pid_t> found;
+  std::error_code gone;
+  for (const auto& entry : std::filesystem::directory_iterator{fmt::format("/proc/{}/task", process), gone}) {
+    found.push_back(static_cast<pid_t>(std::stol(entry.path().filename().string())));
+  }
+  return found;
+}
+
+/// Of a child, or of a thread that is traced; returns at once for any other.
+void wait_for_end(pid_t id) {
+  int status = 0;
+  // __WALL: a traced one reports other things first.
+  while (::waitpid(id, &status, __WALL) == id && WIFSTOPPED(status)) {
+  }
+}
+
 }  // namespace
 
 conductor::conductor(placement where) : where_{std::move(where)}, clock_{tick_clock::calibrate()} {
@@ -204,10 +222,11 @@ void pair::end_all() noexcept {
   for (process& one : processes_) {
     if (!one.alive) continue;
     ::kill(one.id, SIGKILL);
-    int status = 0;
-    // __WALL: a traced process reports other things first.
-    while (::waitpid(one.id, &status, __WALL) == one.id && WIFSTOPPED(status)) {
+    // Of a process that is traced each thread is ours to wait for, and the process has ended when all the others have.
+    for (const pid_t thread : threads_of(one.id)) {
+      if (thread != one.id) wait_for_end(thread);
     }
+    wait_for_end(one.id);
     one.alive = false;
   }
   forget_names();

@@ -657,6 +657,15 @@ class sender {
     return static_cast<std::size_t>(std::min(there, lane_.capacity()));
   }
   [[nodiscard]] std::size_t capacity() const noexcept { return static_cast<std::size_t>(lane_.capacity()); }
+  /// Where the channel is and how it works: memory, nodes and pages, CPUs, how it waits and is woken, and what that costs.
+  /// `text()` of the result is for people.
+  ///
+  /// Waits: never. Allocates: the result. Errors: `closed` for a handle that was closed. Complexity: linear in the pages;
+  /// reads /proc, so milliseconds.
+  [[nodiscard]] explanation explain() const {
+    if (!end_) fail(errc::closed, name() + ": expected an open one to explain");
+    return end_->explain();
+  }
 
  private:
   friend class permit<T>;
@@ -1030,6 +1039,15 @@ class receiver {
     return static_cast<std::size_t>(std::min(there, lane_.capacity()));
   }
   [[nodiscard]] std::size_t capacity() const noexcept { return static_cast<std::size_t>(lane_.capacity()); }
+  /// Where the channel is and how it works: memory, nodes and pages, CPUs, how it waits and is woken, and what that costs.
+  /// `text()` of the result is for people.
+  ///
+  /// Waits: never. Allocates: the result. Errors: `closed` for a handle that was closed. Complexity: linear in the pages;
+  /// reads /proc, so milliseconds.
+  [[nodiscard]] explanation explain() const {
+    if (!end_) fail(errc::closed, name() + ": expected an open one to explain");
+    return end_->explain();
+  }
 
  private:
   /// A known message, and nobody's turn: one compare.

@@ -63,8 +63,8 @@ struct listener_options {
 
 /// How one connects.
 struct connect_options {
-  /// Of this end of each lane. `capacity` is the listener's to choose; if it is given, it must be that. `node`, `open` and
-  /// `mode` have no meaning here.
+  /// Of this end of each lane. `capacity` is the listener's to choose; if it is given, it must be that. `open` and
+  /// `mode` have no meaning here; `node` has the memory moved.
   channel_options lanes = {};
   /// Whose listeners are accepted, besides those of this process's own user.
   std::vector<unsigned> users = {};
@@ -83,6 +83,8 @@ struct arrival {
 /// The code of a failure that is a `std::system_error`; that of no error where there is none.
 [[nodiscard]] std::error_code code_of(const std::exception_ptr& failure) noexcept;
 /// What a listener says that was closed.
+///
+/// Waits: never. Allocates: the exception. Errors: none. Complexity: constant.
 [[nodiscard]] std::exception_ptr listener_closed();
 
 /// A pair of lanes to one peer: a receiver and a sender, to be used together through this object, or apart, each in a
@@ -90,6 +92,9 @@ struct arrival {
 ///
 /// After the peer's process died, each of the two reports `errc::peer_died` once, and then that it is closed: nobody
 /// replaces an end of memory without a name. A client connects again.
+///
+/// Every operation, as that of the same name of `receiver` or `sender`: Waits: as there. Cancel safety: as there. Allocates:
+/// as there. Errors: as there. Complexity: as there.
 template <class In, class Out>
 class duplex {
  public:
@@ -172,6 +177,9 @@ inline constexpr duplex_shape duplex_shape_of = [] {
 /// The listener without its types: the socket, the thread that lets peers in, and the private channel by which they come
 /// to whoever accepts. It has a thread of its own because a newcomer's memory is allocated and touched, which takes
 /// milliseconds that no `io_context` should pay.
+///
+/// Waits: `close` and the destructor, for that thread. Cancel safety: cannot be cancelled. Allocates: as `listener` says.
+/// Errors: as `listener` says. Complexity: system calls.
 class doorkeeper {
  public:
   doorkeeper(std::string_view name, const duplex_shape& shape, const listener_options& options);
@@ -194,6 +202,9 @@ class doorkeeper {
 };
 
 /// A `connect` on its way: a thread that talks to the listener and leaves what came of it in a private channel.
+///
+/// Waits: the destructor, for that thread. Cancel safety: destroying it ends the attempt. Allocates: as `connect` says.
+/// Errors: as `connect` says. Complexity: system calls.
 class caller {
  public:
   /// What fails arrives as an error.
@@ -299,7 +310,7 @@ class listener {
 
   /// The next peer if there is one; empty otherwise.
   ///
-  /// Waits: never. Everything else as for `accept`.
+  /// Waits: never. Allocates: never. Errors: as `accept`. Complexity: constant.
   [[nodiscard]] std::optional<duplex<In, Out>> try_accept() {
     if (is_closed()) std::rethrow_exception(listener_closed());
     return let_in(keeper_->arrivals().try_recv());
@@ -307,7 +318,8 @@ class listener {
 
   /// Waits for the next peer, blocking the thread.
   ///
-  /// Waits: spins, then parks on the futex. Everything else as for `accept`.
+  /// Waits: spins, then parks on the futex. Cancel safety: only a deadline ends it, and who comes then waits for the next
+  /// `accept`. Allocates: never. Errors: as `accept`. Complexity: constant.
   [[nodiscard]] duplex<In, Out> blocking_accept() {
     std::error_code error;
     auto made = blocking_accept(error);
@@ -328,6 +340,9 @@ class listener {
   }
 
   /// As the class says. Idempotent. No operation may be waiting.
+  ///
+  /// Waits: for the listener's thread. Cancel safety: cannot be cancelled. Allocates: never. Errors: none. Complexity:
+  /// linear in those who are on their way in.
   void close() noexcept { keeper_->close(); }
   [[nodiscard]] bool is_closed() const noexcept { return keeper_->is_closed(); }
   /// How many were not let in since this listener was made: of another user, with other message types, too slow, or
@@ -335,6 +350,8 @@ class listener {
   [[nodiscard]] std::uint64_t refused() const noexcept { return keeper_->refused(); }
 
   /// For `async_accept`.
+  ///
+  /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
   template <class Errors>
   [[nodiscard]] auto make_operation(Errors errors) {
     return arrival_operation<In, Out, doorkeeper*, Errors>{keeper_.get(), errors};

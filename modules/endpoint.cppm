@@ -27,6 +27,8 @@ export import strait.park;
 /// | last_death, died_at  | who declares a death, under the gate         | the peer   | half a declaration: the same written again |
 /// | boot                 | owner, entering, under the gate              | who enters | a boot that its role does not live in      |
 /// | process, doorbell    | owner, before it announces `hub_parked`      | the ringer | nothing: nobody reads it while awake       |
+/// | node_asked           | who enters and asks for one, under the gate  | who enters | a wish that nobody fulfilled               |
+/// | cpu                  | owner, before it sleeps                      | `explain`, `inspect` | where it slept before            |
 /// | poisoned             | who found an impossible value                | both ends  | the channel is unusable either way         |
 /// | parks, wakes         | owner, on the slow path                      | `inspect`  | a count that stands still                  |
 ///
@@ -55,7 +57,7 @@ enum class ordering : std::uint8_t {
 struct channel_options {
   /// In messages, rounded up to a power of two. Default: that of the existing channel, or 1024.
   std::optional<std::size_t> capacity = std::nullopt;
-  /// The NUMA node of the memory. Default: where the creator runs.
+  /// The NUMA node of the memory. Default: that of the receiver. Whoever asks, when it enters, has the memory moved.
   std::optional<unsigned> node = std::nullopt;
   /// How this end waits.
   wait_policy wait = wait_policy::adaptive;
@@ -68,6 +70,13 @@ struct channel_options {
   unsigned mode = 0600;
   std::optional<unsigned> group = std::nullopt;
   ordering order = ordering::automatic;
+  /// What kind of pages to have. Where they are not to be had, others do; `explain` tells.
+  page_kind pages = page_kind::automatic;
+  /// Whether this end touches all pages when it enters, so that no message meets a page fault. (A sender leaves that to
+  /// its first lap where there are several memory nodes and nobody asked for one: see `node`.)
+  bool prefault = true;
+  /// Whether to lock the pages in memory, as far as RLIMIT_MEMLOCK allows; beyond that it is an error.
+  bool lock = false;
 };
 
 /// The message type as the segment's header tells it.
@@ -79,6 +88,8 @@ struct message_shape {
 };
 
 /// As error messages tell it: `type "Order" version 1 of 24 bytes aligned to 8`.
+///
+/// Waits: never. Allocates: the text. Errors: `std::bad_alloc`. Complexity: linear in the name.
 [[nodiscard]] std::string describe(const message_shape& shape);
 
 /// One end's entry in the segment.
@@ -106,6 +117,8 @@ struct end_entry {
   /// made anyway, and behind what the peer reads at each look at an empty lane, in a cache line that it never reads.
   alignas(64) std::atomic<std::uint64_t> parks{0};
   std::atomic<std::uint64_t> wakes{0};
+  /// The CPU on which the owner last went to sleep, plus one; 0: it has not.
+  std::atomic<std::uint32_t> cpu{0};
 };
 static_assert(sizeof(end_entry) == 2 * line_padding);
 static_assert(offsetof(end_entry, parks) == line_padding + 64);
@@ -133,6 +146,8 @@ struct segment_header {
   std::uint32_t creator_pid;
   std::uint32_t slots_offset;
   std::atomic<std::uint32_t> poisoned;
+  /// The memory node that somebody asked for, plus one; 0: nobody did, so the memory follows the receiver.
+  std::atomic<std::uint32_t> node_asked;
 
   alignas(line_padding) end_entry ends[role_count];
   lane_control<> lane;
@@ -158,6 +173,76 @@ enum class news : std::uint8_t { none, closed, died, corrupt, inherited };
       return errc::closed;
   }
 }
+
+/// What wakes an end.
+enum class bell_kind : std::uint8_t {
+  /// It has not slept yet.
+  none,
+  /// A thread sleeps on the word itself.
+  futex,
+  /// A hub sleeps in its reactor; the peer writes its eventfd.
+  eventfd,
+  /// A hub sleeps in its reactor; the peer, which is not trusted with an eventfd, sends over the connection.
+  line,
+  /// A hub sleeps in its reactor, and a helper thread on the word in its place, because the peer does not have the eventfd.
+  relay,
+};
+[[nodiscard]] constexpr std::string_view to_string(bell_kind k) noexcept {
+  switch (k) {
+    case bell_kind::none:
+      return "none";
+    case bell_kind::futex:
+      return "futex";
+    case bell_kind::eventfd:
+      return "eventfd";
+    case bell_kind::line:
+      return "line";
+    case bell_kind::relay:
+      return "relay";
+  }
+  return "unknown";
+}
+
+/// Where one end of a channel runs.
+struct end_place {
+  /// Empty when its word holds what no correct end writes.
+  std::optional<presence> state;
+  /// In its own PID namespace; 0: nobody has been there.
+  std::uint32_t pid = 0;
+  /// Of the end that explains: where its thread runs now. Of the other one: where it last went to sleep; empty when it has
+  /// not.
+  std::optional<unsigned> cpu;
+  /// The node of that CPU; empty when it is not known.
+  std::optional<unsigned> node;
+};
+
+/// Where a channel is and how it works, as one end sees it at one moment.
+struct explanation {
+  std::string channel;
+  /// The end that explains.
+  role which = role::sender;
+  std::uint64_t capacity = 0;
+  std::uint32_t message_bytes = 0;
+  /// The memory, as this process has mapped it.
+  page_report pages;
+  /// The node that somebody asked for; empty: nobody did, so the memory follows the receiver.
+  std::optional<unsigned> node_asked;
+  /// By role.
+  std::array<end_place, role_count> ends;
+  /// How this end waits: for how long at most it spins, and for how long it would now.
+  wait_policy wait = wait_policy::adaptive;
+  std::chrono::nanoseconds longest_spin{0};
+  std::chrono::nanoseconds spin{0};
+  /// Who pays for the order between a message and a sleep, and what one barrier costs the waiter: the least of a few, just
+  /// measured.
+  store_load barrier = store_load::by_fence;
+  std::chrono::nanoseconds barrier_cost{0};
+  /// What woke this end last.
+  bell_kind bell = bell_kind::none;
+
+  /// All of it for people, with what it costs: some lines, each ended by a newline.
+  [[nodiscard]] std::string text() const;
+};
 
 /// One end of a channel: its place in the segment, and everything that is not on the path of each message.
 ///
@@ -245,6 +330,8 @@ class endpoint final : private process_watcher {
     if (const news fate = fate_.load(std::memory_order_acquire); fate != news::none) [[unlikely]]
       return settled(fate);
     const end_entry& them = peer();
+    if (memory_to_follow_) [[unlikely]]
+      fetch_memory();
     // acquire, here, in death_untold and for the presence: pairs with the release of whoever poisoned, declared or
     // closed; what the peer published before that is then visible to the look that follows.
     if (header_->poisoned.load(std::memory_order_acquire) != 0) return news::corrupt;
@@ -281,11 +368,7 @@ class endpoint final : private process_watcher {
   }
 
   /// The death that `look_at_peer` told of was reported to the user.
-  inline void death_reported() noexcept {
-    // acquire: as in look_at_peer.
-    death_seen_ = peer().last_death.load(std::memory_order_acquire);
-    death_told_ = true;
-  }
+  void death_reported() noexcept;
 
   /// Whether this process is a child, made by fork, of the one that opened this end in a named segment: then the end is
   /// the parent's, and what lies where the segment was is a copy with cursors that cannot be.
@@ -311,6 +394,12 @@ class endpoint final : private process_watcher {
   template <class Ready>
   bool wait(Ready&& ready, std::optional<std::chrono::steady_clock::time_point> deadline);
 
+  /// Where the channel is and how it works. Called by whoever uses the end.
+  ///
+  /// Waits: never, but executes the barrier of the channel a few times. Allocates: the result. Errors: `std::bad_alloc`.
+  /// Complexity: linear in the pages, and in the mappings of the process.
+  [[nodiscard]] explanation explain();
+
   // For the hub, which waits for many ends with one doorbell.
 
   /// Announces that a hub waits for this end with that doorbell; `heavy_barrier` and another look must follow.
@@ -332,8 +421,14 @@ class endpoint final : private process_watcher {
   [[nodiscard]] inline end_entry& own() const noexcept { return *own_; }
   [[nodiscard]] inline end_entry& peer() const noexcept { return *peer_; }
   void adopt(segment_header& header, const segment_header& checked, role mine, const channel_options& options) noexcept;
-  void enter();
+  void enter(std::optional<unsigned> node);
   void watch_peer() noexcept;
+  /// Has the memory moved to where this thread runs: the receiver, in the first look that finds nothing. Not earlier,
+  /// because a handle may be made on one thread and used on another.
+  [[gnu::cold]] void fetch_memory() noexcept;
+  [[nodiscard]] mapping& memory() noexcept;
+  /// Notes that the owner goes to sleep, and where.
+  void count_park(bell_kind bell) noexcept;
   [[gnu::cold]] news found_rubbish() noexcept { return poison(); }
   bool look() noexcept override;
   bool look_at_line_end() noexcept;
@@ -346,6 +441,7 @@ class endpoint final : private process_watcher {
     return fate == news::died && death_told_ ? news::closed : fate;
   }
   void close() noexcept;
+  [[nodiscard]] bool peer_has_left() noexcept;
 
   // Read on the path of each message that found its peer not awake, and at each look at an empty lane.
   segment_header* header_ = nullptr;
@@ -358,6 +454,8 @@ class endpoint final : private process_watcher {
   std::atomic<std::uint32_t> watched_incarnation_{0};
   /// Whether this end holds a role in a segment that another process shares: only there can a peer die.
   bool entered_ = false;
+  /// Whether the memory is yet to be moved to where this end runs.
+  bool memory_to_follow_ = false;
   /// How it ended for good, where nobody replaces a peer: in memory that was handed over. Written by the sentry, or by
   /// this end when it found an impossible value; kept here, because the peer may write what it likes to the segment.
   std::atomic<news> fate_{news::none};
@@ -367,6 +465,8 @@ class endpoint final : private process_watcher {
   wait_policy policy_ = wait_policy::adaptive;
   std::int64_t longest_spin_ = 0;
   spin_budget spin_;
+
+  std::uint32_t message_bytes_ = 0;
 
   // The segment that another process shares.
   std::string text_;
@@ -379,11 +479,14 @@ class endpoint final : private process_watcher {
   /// of the line is the peer's reason to look at them.
   unshared_descriptor line_;
   std::uint64_t attended_by_ = 0;
+  /// Whose incarnation is watched.
+  process_identity watched_process_;
   /// The peer that was alive when the hub announced itself, and so has its doorbell.
   std::uint32_t announced_to_ = 0;
   std::unique_ptr<futex_relay> relay_;
   std::uint64_t relay_doorbell_ = 0;
   bool hub_waits_on_futex_ = false;
+  bell_kind woken_by_ = bell_kind::none;
 
   std::shared_ptr<private_channel> private_;
 };
@@ -421,7 +524,7 @@ bool endpoint::wait(Ready&& ready, std::optional<std::chrono::steady_clock::time
       take_back(own_word());
       return ready();
     }
-    count_one(own().parks);
+    count_park(bell_kind::futex);
     const std::int64_t asleep = now_ns();
     futex_sleep(own_word(), presence::thread_parked, deadline);
     take_back(own_word());
@@ -476,6 +579,8 @@ struct end_state {
   /// How often the owners of this end went to sleep, and how often they rang the other end, since the segment was made.
   std::uint64_t parks = 0;
   std::uint64_t wakes = 0;
+  /// The CPU on which its owner last went to sleep; empty when it has not.
+  std::optional<unsigned> cpu;
 };
 
 /// A channel between processes, as others see it.
@@ -500,6 +605,8 @@ struct channel_state {
   std::uint64_t segment_bytes = 0;
   std::uint32_t creator_pid = 0;
   store_load barrier = store_load::by_fence;
+  /// The memory node that somebody asked for; empty: nobody did, so the memory follows the receiver.
+  std::optional<unsigned> node_asked;
   /// The channel is poisoned, or a word in it holds what no correct end writes.
   bool corrupt = false;
   /// Nobody lives in it because the sender has closed and the receiver has yet to come: its messages wait.

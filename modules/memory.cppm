@@ -7,6 +7,7 @@ module;
 #include <span>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 export module strait.memory;
@@ -74,39 +75,129 @@ enum class open_mode : std::uint8_t {
   open,
 };
 
+/// What kind of pages memory is made of.
+enum class page_kind : std::uint8_t {
+  /// What the system gives.
+  automatic,
+  /// Transparent huge pages, which the kernel makes of free memory: fewer misses in the TLB.
+  transparent,
+  /// Huge pages that were set aside for it (hugetlb), where the memory has them; else transparent ones.
+  huge,
+};
+[[nodiscard]] constexpr std::string_view to_string(page_kind k) noexcept {
+  switch (k) {
+    case page_kind::automatic:
+      return "automatic";
+    case page_kind::transparent:
+      return "transparent";
+    case page_kind::huge:
+      return "huge";
+  }
+  return "unknown";
+}
+
+/// What is asked of a mapping's pages.
+struct page_wishes {
+  /// The memory node to have them on. Default: that of whoever touches them first.
+  std::optional<unsigned> node = std::nullopt;
+  page_kind kind = page_kind::automatic;
+  /// Whether all are touched at once, so that nobody meets a page fault later.
+  bool prefault = true;
+  /// Whether they are kept from being swapped out; touches them all, too.
+  bool lock = false;
+};
+
+/// How many pages lie on one memory node.
+struct node_share {
+  unsigned node = 0;
+  std::size_t pages = 0;
+  friend bool operator==(const node_share&, const node_share&) = default;
+};
+
+/// What a mapping's pages turned out to be, as the kernel tells it.
+struct page_report {
+  /// Of address space: whole pages.
+  std::size_t bytes = 0;
+  /// By node, in base pages (`sysconf(_SC_PAGESIZE)`). Only what this process has touched: the kernel tells no more.
+  std::vector<node_share> nodes;
+  std::size_t untouched = 0;
+  /// Why `nodes` is not known, where the kernel refuses to tell; else empty.
+  std::string nodes_refused;
+  /// Of one page: more than a base page for hugetlb. 0: /proc does not tell.
+  std::size_t page_bytes = 0;
+  /// How much of it is in transparent huge pages.
+  std::size_t transparent_bytes = 0;
+  /// How much of it cannot be swapped out.
+  std::size_t locked_bytes = 0;
+  /// Why less was had than was asked for; else empty.
+  std::string shortfall;
+};
+
+/// The memory nodes of this machine, by the kernel's number: at least one. A machine that tells nothing is node 0.
+///
+/// Waits: never; the first call reads a file of /sys. Allocates: the first call. Errors: none. Complexity: constant.
+[[nodiscard]] const std::vector<unsigned>& memory_nodes();
+
+/// The memory node of the CPU on which this thread runs; empty where that has no memory or the kernel does not tell.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: a system call at most.
+[[nodiscard]] std::optional<unsigned> nearest_memory_node() noexcept;
+
 /// Pages of this process's address space; unmapped by the destructor.
 ///
 /// Waits: never. Allocates: pages, where it is said. Errors: `no_space`, or the errno of mmap, shmat and mbind, when it is
-/// made; none afterwards. Complexity: a system call; touching is linear in the pages.
+/// made; afterwards as they say. Complexity: a system call; touching is linear in the pages.
 class mapping {
  public:
   mapping() = default;
-  /// Anonymous memory, placed on `node` if given, and touched.
-  [[nodiscard]] static mapping anonymous(std::size_t bytes, std::optional<unsigned> node);
-  /// The first `bytes` of a file, shared and writable, placed on `node` if given. Not touched. The mapping keeps nothing
-  /// of the caller's open file description, so that locks on that end when its descriptor is closed.
-  [[nodiscard]] static mapping of_file(int descriptor, std::size_t bytes, std::optional<unsigned> node,
+  /// Anonymous memory, with what was asked of its pages.
+  ///
+  /// Waits: never. Allocates: `bytes` of pages, rounded up to whole ones: of huge ones where they were asked for.
+  /// Errors: `no_space`; EINVAL for a node that does not exist or may not be used; what `furnish` throws; or the errno
+  /// of mmap and mbind.
+  [[nodiscard]] static mapping anonymous(std::size_t bytes, const page_wishes& wishes);
+  /// The first `bytes` of a file, shared and writable; its pages are yet to be furnished. The mapping keeps nothing of the
+  /// caller's open file description, so that locks on that end when its descriptor is closed.
+  [[nodiscard]] static mapping of_file(int descriptor, std::size_t bytes, const page_wishes& wishes,
                                        const std::string& what);
-  /// The first `bytes` of a System V segment, writable, placed on `node` if given. Not touched.
-  [[nodiscard]] static mapping of_system_v(int identifier, std::size_t bytes, std::optional<unsigned> node,
+  /// The first `bytes` of a System V segment, writable; its pages are yet to be furnished.
+  [[nodiscard]] static mapping of_system_v(int identifier, std::size_t bytes, const page_wishes& wishes,
                                            const std::string& what);
-  inline mapping(mapping&& other) noexcept
-      : data_{std::exchange(other.data_, nullptr)},
-        bytes_{std::exchange(other.bytes_, 0)},
-        extent_{std::exchange(other.extent_, 0)} {}
+  inline mapping(mapping&& other) noexcept { *this = std::move(other); }
   inline mapping& operator=(mapping&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
     std::swap(extent_, other.extent_);
+    std::swap(shortfall_, other.shortfall_);
     return *this;
   }
   ~mapping();
 
   [[nodiscard]] inline std::byte* data() const noexcept { return data_; }
+  /// As many bytes as were asked for.
   [[nodiscard]] inline std::size_t size() const noexcept { return bytes_; }
 
-  /// Touches every page for writing, so that nobody meets a page fault later.
+  /// Touches every page for writing, so that nobody meets a page fault later. Another process may be using them.
   void populate() noexcept;
+  /// Touches the pages, makes huge ones of them and locks them, as asked. A file's must be allocated.
+  ///
+  /// Waits: never. Allocates: pages. Errors: EPERM or ENOMEM when they cannot be locked, naming the limit. Complexity:
+  /// linear.
+  void furnish(const page_wishes& wishes, const std::string& what);
+  /// Has the pages move to `node`, and new ones made there. Of pages that other processes have touched, too, the kernel
+  /// moves only those of callers with CAP_SYS_NICE. Whoever uses them meanwhile waits for the page, and loses nothing.
+  ///
+  /// Waits: until they are moved. Allocates: pages there. Errors: the errno of mbind. Complexity: linear.
+  [[nodiscard]] std::error_code move_to(unsigned node) noexcept;
+  /// The same, for a node that somebody asked for. Where the kernel refuses, the report says so.
+  ///
+  /// Errors: EINVAL for a node that does not exist or may not be used.
+  void ask_for_node(unsigned node, const std::string& what);
+  /// Where the pages are, and of what kind.
+  ///
+  /// Waits: never. Allocates: the result. Errors: `std::bad_alloc`; what the kernel does not tell is said so. Complexity:
+  /// linear.
+  [[nodiscard]] page_report report() const;
 
   /// From now on a child made by fork has memory of its own in this place: whatever it writes here, nobody else sees. It
   /// holds the first `bytes` (4096 at most) as they were, with the changes that `change` makes, and zeros behind them.
@@ -115,12 +206,14 @@ class mapping {
   void keep_from_children(std::size_t bytes, void (*change)(std::byte* data) noexcept);
 
  private:
-  inline mapping(std::byte* data, std::size_t bytes, std::size_t extent) noexcept
-      : data_{data}, bytes_{bytes}, extent_{extent} {}
+  /// Maps `extent` bytes at a multiple of `align`, or anywhere (0). On failure nothing is mapped, and errno tells why.
+  void map(std::size_t bytes, std::size_t extent, std::size_t align, int flags, int descriptor) noexcept;
+
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0;
-  /// What is to be unmapped: a System V segment is attached whole, and is longer than was asked for.
+  /// What is mapped: whole pages. A System V segment is attached whole, and is longer than was asked for.
   std::size_t extent_ = 0;
+  std::string shortfall_;
 };
 
 /// Holds off every fork while it lives, so that a child never has a descriptor that nobody knows of. No descriptor of the
@@ -216,7 +309,8 @@ struct segment_plan {
   unsigned mode = 0600;
   /// The group that it is given to; the creator's own otherwise.
   std::optional<unsigned> group;
-  std::optional<unsigned> node;
+  /// Its `node` counts where the segment is created.
+  page_wishes pages;
   /// Writes the first contents; everything else is zero.
   std::function<void(std::byte*)> fill;
 };
@@ -267,14 +361,14 @@ void remove_name(const memory_name& name, const file_locks& locks) noexcept;
 
 /// Maps memory that a peer handed over, of which nothing is believed: it must be a memfd that is sealed as
 /// `make_sealed_segment` does it and really allocated, so that no access to it can fault, and as long as `bytes_to_map`
-/// says. That is called with the first `header_bytes` bytes, and throws when they do not begin a channel that fits.
+/// says, or as the huge pages that hold so much. That is called with the first `header_bytes` bytes, and throws when they do not begin a channel that fits.
 ///
 /// Waits: never. Allocates: the mapping. Errors: `foreign_segment` for any other kind of descriptor, `truncated_segment`
 /// and `layout_mismatch` for a size or an allocation that does not fit the header, what `bytes_to_map` throws, or the
 /// errno of the failing call. Complexity: half a dozen system calls; touching the pages dominates.
 [[nodiscard]] segment enter_sealed_segment(
     const memory_name& name, int handed_over, std::size_t header_bytes,
-    const std::function<std::size_t(std::span<const std::byte> header)>& bytes_to_map);
+    const std::function<std::size_t(std::span<const std::byte> header)>& bytes_to_map, page_wishes wishes);
 
 /// Something that may be a named segment.
 struct named_file {
@@ -334,7 +428,8 @@ void remove_segment(const memory_name& name, std::size_t header_bytes,
 namespace strait {
 
 /// Has the pages come from that node, if it has any left.
-void place(std::byte* data, std::size_t bytes, unsigned node, const std::string& what);
+/// How long a file is that holds so many bytes: huge pages must lie in it as a whole.
+[[nodiscard]] std::size_t file_bytes(int descriptor, std::size_t bytes, const page_wishes& wishes);
 
 /// What the kernel has for a System V channel.
 struct system_v_segment {

@@ -279,7 +279,7 @@ class doorbell {
 /// Rings whoever waits at the other end of a line; see `doorbell::attend`.
 ///
 /// Waits: never, whatever the peer does with its end: where the line is full nobody has read it, so the peer's hub does
-/// not sleep on it; where it has ended, the peer has left. Allocates: never. Complexity: one system call.
+/// not sleep on it; where it has ended, the peer has left. Allocates: never. Errors: none. Complexity: one system call.
 void ring_line(int line) noexcept;
 
 /// A process as others find it: 128 random bits, drawn when it first opens a channel that others can enter. Process ids
@@ -310,6 +310,17 @@ struct process_identity {
 ///
 /// Waits: never. Allocates: the first time. Errors: none. Complexity: one system call.
 void ring_doorbell(process_identity owner, std::uint64_t number) noexcept;
+
+/// Remembers that a process has died, the last 256 of them: the kernel drops its locks one after the other, and who finds
+/// one still held then knows that it is about to be dropped.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: linear in what is remembered.
+void remember_death(process_identity process) noexcept;
+
+/// Whether a process is among those remembered. Says nothing of others: they may live or have died.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: linear in what is remembered.
+[[nodiscard]] bool is_remembered_dead(process_identity process) noexcept;
 
 /// Who wants to know when a process may have ended.
 ///
@@ -379,6 +390,17 @@ enum class wait_policy : std::uint32_t {
   /// Never spins.
   park,
 };
+[[nodiscard]] constexpr std::string_view to_string(wait_policy p) noexcept {
+  switch (p) {
+    case wait_policy::adaptive:
+      return "adaptive";
+    case wait_policy::busy:
+      return "busy";
+    case wait_policy::park:
+      return "park";
+  }
+  return "unknown";
+}
 
 /// Nanoseconds of the steady clock.
 [[nodiscard]] inline std::int64_t now_ns() noexcept {

@@ -25,7 +25,8 @@ class spawn_observer {
   ~spawn_observer() = default;
 };
 
-/// Starts `what` on a hub, from any thread; nobody awaits it. If the context is destroyed first, so is the task.
+/// Starts `what` on a hub, from any thread; nobody awaits it. If the context is destroyed first, so is the task. A thread
+/// of something foreign that resumes it uses the hub until that call returns, so the context outlives the call.
 ///
 /// Waits: never. Allocates: never. Errors: what leaves the task goes to `observer`; without one, it is thrown out of the
 /// context's `run()`. Complexity: constant.
@@ -93,8 +94,7 @@ class runtime {
 
   /// Starts a task on the next worker of all. From any thread.
   ///
-  /// Waits: as a node's `spawn`. Allocates: never. Errors: none; what leaves the task is thrown by `join`. Complexity:
-  /// constant.
+  /// Waits: never. Allocates: never. Errors: what leaves the task is thrown by `join`. Complexity: constant.
   void spawn(task<> what) noexcept;
 
   /// Waits until every spawned task has ended, or `stop` was called, and stops the workers. Throws the first exception

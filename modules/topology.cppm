@@ -1,5 +1,6 @@
 module;
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -148,5 +149,10 @@ class topology {
 ///
 /// Waits: never. Allocates: never. Errors: none. Complexity: constant, no system call.
 [[nodiscard]] int this_cpu() noexcept;
+
+/// The NUMA node of a CPU, also of one that this process may not use; empty when the kernel does not tell.
+///
+/// Waits: never; looks into /sys. Allocates: a path. Errors: none. Complexity: linear in nodes.
+[[nodiscard]] std::optional<unsigned> node_of_cpu(unsigned cpu);
 
 }  // namespace strait

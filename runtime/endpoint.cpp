@@ -21,6 +21,8 @@ module;
 #include <vector>
 module strait.endpoint;
 
+import strait.topology;
+
 namespace strait {
 namespace {
 
@@ -71,6 +73,26 @@ void fill_header(segment_header& header, const message_shape& shape, std::uint64
   shape.name.copy(header.message_name, sizeof header.message_name - 1);
   header.creator_pid = static_cast<std::uint32_t>(::getpid());
   header.magic = segment_header::expected_magic;
+}
+
+/// The number in a word that holds one more than that, or 0 for none.
+std::optional<unsigned> counted_from_one(std::uint32_t word) noexcept {
+  return word == 0 ? std::nullopt : std::optional<unsigned>{word - 1};
+}
+
+page_wishes wishes_of(const channel_options& options) noexcept {
+  return {.node = options.node, .kind = options.pages, .prefault = options.prefault, .lock = options.lock};
+}
+
+/// The same for memory between processes. Without more rights the kernel moves only pages that one process alone has
+/// touched: a sender leaves them to the receiver until it writes to them. They are allocated all the same.
+page_wishes shared_wishes_of(role mine, const channel_options& options) {
+  page_wishes wishes = wishes_of(options);
+  if (mine == role::sender && !options.node && options.pages == page_kind::automatic && !options.lock &&
+      memory_nodes().size() > 1) {
+    wishes.prefault = false;
+  }
+  return wishes;
 }
 
 std::string quoted(std::string_view name) {
@@ -198,11 +220,13 @@ void endpoint::adopt(segment_header& header, const segment_header& checked, role
   role_ = mine;
   capacity_ = checked.capacity;
   slots_offset_ = checked.slots_offset;
+  message_bytes_ = checked.message_bytes;
   barrier_ = checked.barrier;
   policy_ = options.wait;
   longest_spin_ = options.longest_spin.count();
   spin_ = spin_budget{options.wait, std::min<std::int64_t>(longest_spin_, 10'000), longest_spin_};
   fork_generation_ = fork_generation();
+  memory_to_follow_ = mine == role::receiver && memory_nodes().size() > 1;
 }
 
 std::pair<std::unique_ptr<endpoint>, std::unique_ptr<endpoint>> endpoint::make_private(const message_shape& shape,
@@ -210,10 +234,12 @@ std::pair<std::unique_ptr<endpoint>, std::unique_ptr<endpoint>> endpoint::make_p
                                                                                        destroy_messages destroy) {
   const std::uint64_t capacity = checked_capacity("private channel", options.capacity, shape);
   auto shared = std::make_shared<private_channel>();
-  shared->memory = mapping::anonymous(slots_offset_for(shape.alignment) + capacity * shape.bytes, options.node);
+  shared->memory = mapping::anonymous(slots_offset_for(shape.alignment) + capacity * shape.bytes, wishes_of(options));
   auto* header = ::new (static_cast<void*>(shared->memory.data())) segment_header{};
   const bool barrier = options.order == ordering::automatic && register_barrier(store_load::by_process_barrier);
   fill_header(*header, shape, capacity, barrier ? store_load::by_process_barrier : store_load::by_fence);
+  // relaxed: nobody else has it yet.
+  header->node_asked.store(options.node ? *options.node + 1 : 0, std::memory_order_relaxed);
   shared->header = header;
   shared->destroy = destroy;
   const auto make = [&](role mine) {
@@ -249,7 +275,7 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
   plan.bytes = slots_offset_for(shape.alignment) + capacity * shape.bytes;
   plan.mode = options.mode;
   plan.group = options.group;
-  plan.node = options.node;
+  plan.pages = shared_wishes_of(mine, options);
   plan.fill = [&](std::byte* memory) {
     fill_header(*::new (static_cast<void*>(memory)) segment_header{}, shape, capacity, barrier);
   };
@@ -317,6 +343,10 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
   const auto deadline = options.patience < end_of_time - now ? now + options.patience : end_of_time;
   made->segment_ =
       open_segment(made->name_, options.open, deadline, plan, sizeof(segment_header), examine, bytes_to_map);
+  if (options.node && !made->segment_.created) {
+    // Refused as when it is created, where there is no such node.
+    made->segment_.map.ask_for_node(*options.node, channel);
+  }
   // Once more, and from here on only this copy: what was examined can have been overwritten before it was mapped.
   segment_header checked{};
   const std::span<const std::byte> mapped{made->segment_.map.data(), sizeof(segment_header)};
@@ -324,7 +354,7 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     fail(errc::corrupt, channel + ": expected a header that stays as it is, found it changed while it was entered");
   }
   made->adopt(*std::launder(reinterpret_cast<segment_header*>(made->segment_.map.data())), checked, mine, options);
-  made->enter();
+  made->enter(options.node);
   made->keep_from_children();
   return made;
 }
@@ -340,7 +370,7 @@ void endpoint::keep_from_children() {
   });
 }
 
-void endpoint::enter() {
+void endpoint::enter(std::optional<unsigned> node) {
   file_locks& locks = segment_.locks;
   declare_if_dead(*header_, role_, locks);
   declare_if_dead(*header_, other(role_), locks);
@@ -363,6 +393,8 @@ void endpoint::enter() {
     them.pid.store(0, std::memory_order_relaxed);
   }
   hold(this_process());
+  // relaxed: ordered by the gate.
+  if (node) header_->node_asked.store(*node + 1, std::memory_order_relaxed);
   // Whoever comes to a dead peer is told once, like a survivor.
   const std::uint32_t last_death = peer().last_death.load(std::memory_order_relaxed);
   const bool found_dead = static_cast<presence>(peer().presence.load(std::memory_order_relaxed)) == presence::dead;
@@ -387,6 +419,7 @@ void endpoint::hold(process_identity process) noexcept {
   mine.process_low.store(process.low, std::memory_order_relaxed);
   mine.doorbell.store(0, std::memory_order_relaxed);
   mine.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);
+  mine.cpu.store(0, std::memory_order_relaxed);
   // release: pairs with the acquire in watch_peer and announce_hub, which must not take a number for the process that
   // held the role before.
   mine.incarnation.fetch_add(1, std::memory_order_release);
@@ -407,9 +440,12 @@ endpoint::to_hand_over endpoint::make_handed_over(role mine, const memory_name& 
   fill_header(header, shape, capacity, by_machine ? store_load::by_machine_barrier : store_load::by_fence);
   segment_plan plan;
   plan.bytes = header.segment_bytes;
-  plan.node = options.node;
+  plan.pages = shared_wishes_of(mine, options);
   plan.fill = [&](std::byte* memory) {
-    fill_header(*::new (static_cast<void*>(memory)) segment_header{}, shape, capacity, header.barrier);
+    auto& filled = *::new (static_cast<void*>(memory)) segment_header{};
+    fill_header(filled, shape, capacity, header.barrier);
+    // relaxed: nobody else has it yet.
+    filled.node_asked.store(options.node ? *options.node + 1 : 0, std::memory_order_relaxed);
   };
   end.segment_ = make_sealed_segment(name, plan, made.memory);
   end.adopt(*std::launder(reinterpret_cast<segment_header*>(end.segment_.map.data())), header, mine, options);
@@ -425,26 +461,34 @@ std::unique_ptr<endpoint> endpoint::enter_handed_over(role mine, const memory_na
   const std::string& channel = made->text_;
   // The one copy that is checked and gone by: the peer can change what is in the segment at any time.
   segment_header checked{};
-  made->segment_ = enter_sealed_segment(name, memory, sizeof(segment_header), [&](std::span<const std::byte> bytes) {
-    const std::size_t whole = checked_size(channel, bytes, checked);
-    if (!same_type(checked, shape)) {
-      fail(errc::type_mismatch, channel + ": expected " + describe(shape) + ", found " + describe(shape_in(checked)));
-    }
-    if (options.capacity && checked.capacity != checked_capacity(channel, options.capacity, shape)) {
-      fail(errc::layout_mismatch, channel + ": expected a capacity of " + std::to_string(*options.capacity) +
-                                      " messages, found " + std::to_string(checked.capacity));
-    }
-    if (checked.barrier != store_load::by_fence) {
-      if (options.order == ordering::fence) {
-        fail(errc::layout_mismatch, channel + ": expected option order = fence, found order = automatic (membarrier)");
-      }
-      if (checked.barrier != store_load::by_machine_barrier || !register_barrier(store_load::by_machine_barrier)) {
-        fail(errc::no_barrier, channel + ": expected a barrier that this process can have, found another");
-      }
-    }
-    return whole;
-  });
+  made->segment_ = enter_sealed_segment(
+      name, memory, sizeof(segment_header),
+      [&](std::span<const std::byte> bytes) {
+        const std::size_t whole = checked_size(channel, bytes, checked);
+        if (!same_type(checked, shape)) {
+          fail(errc::type_mismatch,
+               channel + ": expected " + describe(shape) + ", found " + describe(shape_in(checked)));
+        }
+        if (options.capacity && checked.capacity != checked_capacity(channel, options.capacity, shape)) {
+          fail(errc::layout_mismatch, channel + ": expected a capacity of " + std::to_string(*options.capacity) +
+                                          " messages, found " + std::to_string(checked.capacity));
+        }
+        if (checked.barrier != store_load::by_fence) {
+          if (options.order == ordering::fence) {
+            fail(errc::layout_mismatch,
+                 channel + ": expected option order = fence, found order = automatic (membarrier)");
+          }
+          if (checked.barrier != store_load::by_machine_barrier || !register_barrier(store_load::by_machine_barrier)) {
+            fail(errc::no_barrier, channel + ": expected a barrier that this process can have, found another");
+          }
+        }
+        return whole;
+      },
+      shared_wishes_of(mine, options));
+  if (options.node) made->segment_.map.ask_for_node(*options.node, channel);
   made->adopt(*std::launder(reinterpret_cast<segment_header*>(made->segment_.map.data())), checked, mine, options);
+  // relaxed: a wish, on which nothing hangs but where the pages are.
+  if (options.node) made->header_->node_asked.store(*options.node + 1, std::memory_order_relaxed);
   made->enter_handed_over_memory();
   return made;
 }
@@ -466,6 +510,174 @@ void endpoint::take_line(unshared_descriptor line) {
   // Whatever stands there later is of the same peer.
   watched_incarnation_.store(peer().incarnation.load(std::memory_order_relaxed), std::memory_order_relaxed);
   watch_line(line_.get(), *this);
+}
+
+mapping& endpoint::memory() noexcept {
+  return private_ ? private_->memory : segment_.map;
+}
+
+void endpoint::fetch_memory() noexcept {
+  memory_to_follow_ = false;
+  // In a forked child the end is the parent's.
+  if (inherited()) return;
+  // relaxed: nothing else is concluded from it. A peer that asks at this very moment may find its wish undone.
+  if (header_->node_asked.load(std::memory_order_relaxed) != 0) return;
+  // Where the kernel refuses, it stays where it is and works as well, only farther away; `explain` tells.
+  if (const auto here = nearest_memory_node()) (void)memory().move_to(*here);
+}
+
+void endpoint::count_park(bell_kind bell) noexcept {
+  woken_by_ = bell;
+  count_one(own().parks);
+  // relaxed: like the count.
+  own().cpu.store(static_cast<std::uint32_t>(this_cpu() + 1), std::memory_order_relaxed);
+}
+
+explanation endpoint::explain() {
+  explanation told;
+  told.channel = text_;
+  told.which = role_;
+  told.capacity = capacity_;
+  // Not of the shared header: that is the peer's to spoil.
+  told.message_bytes = message_bytes_;
+  told.pages = memory().report();
+  // relaxed, here and below: figures, from which nothing is concluded.
+  told.node_asked = counted_from_one(header_->node_asked.load(std::memory_order_relaxed));
+  for (const role r : {role::sender, role::receiver}) {
+    const end_entry& entry = header_->ends[static_cast<std::size_t>(r)];
+    end_place& place = told.ends[static_cast<std::size_t>(r)];
+    const std::uint32_t word = entry.presence.load(std::memory_order_relaxed);
+    if (is_presence(word)) place.state = static_cast<presence>(word);
+    place.pid = private_ ? static_cast<std::uint32_t>(::getpid()) : entry.pid.load(std::memory_order_relaxed);
+    if (r != role_) {
+      place.cpu = counted_from_one(entry.cpu.load(std::memory_order_relaxed));
+    } else if (const int here = this_cpu(); here >= 0) {
+      place.cpu = static_cast<unsigned>(here);
+    }
+    if (place.cpu) place.node = node_of_cpu(*place.cpu);
+  }
+  told.wait = policy_;
+  told.longest_spin = std::chrono::nanoseconds{longest_spin_};
+  told.spin = std::chrono::nanoseconds{policy_ == wait_policy::park ? 0 : spin_.length()};
+  told.barrier = barrier_;
+  constexpr int tries = 5;
+  for (int i = 0; i < tries; ++i) {
+    const std::int64_t before = now_ns();
+    heavy_barrier(barrier_);
+    const std::chrono::nanoseconds took{now_ns() - before};
+    if (i == 0 || took < told.barrier_cost) told.barrier_cost = took;
+  }
+  told.bell = woken_by_;
+  return told;
+}
+
+namespace {
+
+std::string microseconds(std::chrono::nanoseconds span) {
+  const auto tenths = (span.count() + 50) / 100;
+  return std::to_string(tenths / 10) + '.' + std::to_string(tenths % 10) + " us";
+}
+
+std::string describe_place(role which, const end_place& place, bool here) {
+  std::string text{to_string(which)};
+  if (place.pid != 0) text += " in process " + std::to_string(place.pid);
+  text += ", " + std::string{place.state ? to_string(*place.state) : "corrupt"};
+  if (!place.cpu) return text + (place.pid == 0 ? "" : "; it has not slept yet, so its CPU is not known");
+  text += (here ? "; on CPU " : "; last slept on CPU ") + std::to_string(*place.cpu);
+  if (place.node) text += ", node " + std::to_string(*place.node);
+  return text;
+}
+
+}  // namespace
+
+std::string explanation::text() const {
+  std::string lines;
+  const auto add = [&](std::string_view what, const std::string& found) {
+    constexpr std::size_t width = 11;
+    lines += std::string{what} + std::string(width - what.size(), ' ') + found + '\n';
+  };
+  add("channel",
+      channel + ": " + std::to_string(capacity) + " messages of " + std::to_string(message_bytes) + " bytes");
+
+  std::string memory = std::to_string(pages.bytes) + " bytes";
+  if (pages.page_bytes != 0) memory += " in pages of " + std::to_string(pages.page_bytes);
+  if (pages.transparent_bytes != 0) {
+    memory += ", of which " + std::to_string(pages.transparent_bytes) + " bytes in transparent huge pages";
+  }
+  if (pages.locked_bytes != 0) memory += ", " + std::to_string(pages.locked_bytes) + " bytes of them locked";
+  add("memory", memory);
+  if (!pages.shortfall.empty()) add("not had", pages.shortfall);
+  std::size_t touched = 0;
+  for (const node_share& share : pages.nodes) touched += share.pages;
+  std::string nodes;
+  for (const node_share& share : pages.nodes) {
+    nodes += (nodes.empty() ? "" : ", ") + std::to_string(share.pages * 100 / touched) + "% on node " +
+             std::to_string(share.node);
+  }
+  if (!pages.nodes_refused.empty()) nodes = "not known, because the kernel refuses move_pages: " + pages.nodes_refused;
+  if (nodes.empty()) nodes = "nowhere yet";
+  if (pages.untouched != 0) {
+    nodes += "; " + std::to_string(pages.untouched) + " pages that this process has not touched, a page fault each";
+  }
+  add("placed", nodes + (node_asked ? "; node " + std::to_string(*node_asked) + " was asked for"
+                                    : "; no node was asked for, so it follows the receiver"));
+
+  const end_place& mine = ends[static_cast<std::size_t>(which)];
+  const end_place& theirs = ends[static_cast<std::size_t>(other(which))];
+  add("this end", describe_place(which, mine, true));
+  add("other end", describe_place(other(which), theirs, false));
+  if (mine.cpu && theirs.cpu) {
+    std::string distance;
+    if (*mine.cpu == *theirs.cpu) {
+      distance = "one CPU: the ends take turns, and a spin only delays the other";
+    } else if (mine.node && theirs.node && *mine.node != *theirs.node) {
+      distance = "two nodes: each cache line of messages crosses between them";
+    } else {
+      distance = "one node: each cache line of messages crosses between two CPUs";
+    }
+    add("distance", distance + " (`rtt/8B/spin` beside `raw-line` in ./dev demo measures it)");
+  }
+
+  std::string policy{to_string(wait)};
+  if (wait == wait_policy::busy) {
+    policy += ": never sleeps, and takes a CPU for itself";
+  } else if (wait == wait_policy::park) {
+    policy += ": sleeps at once, so each message that is waited for costs two wake-ups (`rtt/8B/parked` in ./dev demo)";
+  } else {
+    policy += ": spins for " + microseconds(spin) + " now and " + microseconds(longest_spin) +
+              " at most, a CPU's time, then sleeps (`rtt/8B/spin` and `rtt/8B/parked` in ./dev demo)";
+  }
+  add("waiting", policy);
+
+  if (barrier == store_load::by_fence) {
+    add("order", "a fence in each send, " + microseconds(barrier_cost) +
+                     " just now: 4 to 10 times slower one by one (docs/design/waiting.md)");
+  } else {
+    add("order", "membarrier by who waits, " + microseconds(barrier_cost) +
+                     " just now, before each sleep; a send pays for nothing");
+  }
+
+  switch (bell) {
+    case bell_kind::none:
+      add("bell", "none yet: this end has not slept");
+      break;
+    case bell_kind::futex:
+      add("bell", "futex: a wake-up is one system call of the other end and one here");
+      break;
+    case bell_kind::eventfd:
+      add("bell",
+          "eventfd: a wake-up is one write of the other end, and an epoll_wait and a read here (`raw-eventfd` in ./dev "
+          "demo)");
+      break;
+    case bell_kind::line:
+      add("bell",
+          "line: a wake-up is one send of the other end over the connection, and an epoll_wait and a read here");
+      break;
+    case bell_kind::relay:
+      add("bell", "relay: a helper thread sleeps for this end's hub and rings it, so a wake-up is two");
+      break;
+  }
+  return lines;
 }
 
 endpoint::~endpoint() {
@@ -502,7 +714,7 @@ void endpoint::close() noexcept {
   // release: as above.
   own_word().store(static_cast<std::uint32_t>(presence::closed), std::memory_order_release);
   ring(claim_ring(peer_word(), barrier_));
-  if (at_the_gate && !segment_.locks.held_by_other(byte_of(other(role_)))) {
+  if (at_the_gate && peer_has_left()) {
     // Messages for a receiver that has yet to come keep the name; otherwise the last one out removes it.
     const bool undelivered =
         header_->lane.tail.load(std::memory_order_relaxed) != header_->lane.head.load(std::memory_order_relaxed);
@@ -511,6 +723,32 @@ void endpoint::close() noexcept {
     if (!(undelivered && receiver_to_come) && !name_.outlives_its_ends()) remove_name(name_, segment_.locks);
   }
   // Closing the descriptor, in the destructor of segment_, drops this end's lock and the gate at once.
+}
+
+/// With the gate held: whether this end is the last one.
+bool endpoint::peer_has_left() noexcept {
+  const std::uint64_t theirs = byte_of(other(role_));
+  if (!segment_.locks.held_by_other(theirs)) return true;
+  // A living peer takes the name away when it leaves. A dead one does not, and the kernel drops its locks one after the
+  // other: we may have been told of its death by another channel, which was the first. Then the rest is sure to follow,
+  // and there is nobody but us to take the name away.
+  const end_entry& them = peer();
+  // relaxed, both: ordered by the gate.
+  const process_identity process{them.process_high.load(std::memory_order_relaxed),
+                                 them.process_low.load(std::memory_order_relaxed)};
+  return !name_.outlives_its_ends() && is_remembered_dead(process) &&
+         segment_.locks.lock_within(theirs, std::chrono::seconds{1});
+}
+
+void endpoint::death_reported() noexcept {
+  // acquire: as in look_at_peer.
+  death_seen_ = peer().last_death.load(std::memory_order_acquire);
+  death_told_ = true;
+  if (name_.scheme == memory_scheme::handed_over) return;  // has no name that anybody would have to take away
+  // A replacement that entered in the middle of watch_peer may be taken for the dead here. That costs whoever closes
+  // beside it a second at most: in peer_has_left, the lock decides.
+  // relaxed: written by this thread.
+  if (watched_incarnation_.load(std::memory_order_relaxed) == death_seen_) remember_death(watched_process_);
 }
 
 void endpoint::ring(presence parked) noexcept {
@@ -560,6 +798,7 @@ void endpoint::watch_peer() noexcept {
   const std::uint32_t incarnation = them.incarnation.load(std::memory_order_acquire);
   const process_identity process{them.process_high.load(std::memory_order_relaxed),
                                  them.process_low.load(std::memory_order_relaxed)};
+  watched_process_ = process;
   // Before the watch begins, because look() may run at once.
   const std::uint32_t before = watched_incarnation_.exchange(incarnation, std::memory_order_relaxed);
   if (process == this_process()) return;
@@ -658,7 +897,7 @@ bool endpoint::hub_sleeps() noexcept {
     // takes the announcement back in vain, but then its predecessor has rung, or died, which the sentry tells.
     return false;
   }
-  count_one(own().parks);
+  count_park(line_ ? bell_kind::line : hub_waits_on_futex_ ? bell_kind::relay : bell_kind::eventfd);
   return true;
 }
 
@@ -704,6 +943,7 @@ channel_state judge(const memory_name& name, const segment_look& look) {
     end.pid = entry.pid.load(std::memory_order_relaxed);
     end.parks = entry.parks.load(std::memory_order_relaxed);
     end.wakes = entry.wakes.load(std::memory_order_relaxed);
+    end.cpu = counted_from_one(entry.cpu.load(std::memory_order_relaxed));
   }
   // Who enters takes its own lock before it leaves the gate. The gate was looked at first: had it been looked at last, an
   // end that entered in between would have been missed in both places.
@@ -716,6 +956,7 @@ channel_state judge(const memory_name& name, const segment_look& look) {
   state.segment_bytes = header.segment_bytes;
   state.creator_pid = header.creator_pid;
   state.barrier = header.barrier;
+  state.node_asked = counted_from_one(header.node_asked.load(std::memory_order_relaxed));
   state.sent = header.lane.tail.load(std::memory_order_relaxed);
   state.taken = header.lane.head.load(std::memory_order_relaxed);
   // The cursors of a live channel are not of one instant: the difference may come out beyond both bounds.

@@ -2,10 +2,14 @@ module;
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <linux/mempolicy.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -13,10 +17,12 @@ module;
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <charconv>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <ctime>
 #include <filesystem>
@@ -44,6 +50,10 @@ constexpr std::string_view shm_directory = "/dev/shm/";
 /// How the names of companions begin, and of what is being made where files need a name for that.
 constexpr std::string_view companion_prefix = ".strait-sysv-";
 constexpr std::string_view makeshift_prefix = ".strait-new-";
+
+// Of madvise, for headers that are older than the kernel.
+constexpr int populate_write = 23;  // MADV_POPULATE_WRITE, Linux 5.14
+constexpr int collapse = 25;        // MADV_COLLAPSE, Linux 6.1
 
 /// The directory of a path that has one, with the slash.
 std::string directory_of(const std::string& path) {
@@ -232,15 +242,15 @@ class body {
   }
 
   /// Maps it, with every byte really there. The gate must be held.
-  [[nodiscard]] mapping map(std::size_t bytes) const {
+  [[nodiscard]] mapping map(std::size_t bytes, const page_wishes& wishes) const {
     if (name_.scheme == memory_scheme::system_v) {
       const auto found = find();
       if (!found) fail_errno(EIDRM, name_.text() + ": attaching its System V segment");
-      return mapping::of_system_v(found->identifier, bytes, std::nullopt, name_.text());
+      return mapping::of_system_v(found->identifier, bytes, wishes, name_.text());
     }
     // It was allocated when it was made, but a copy of it, or one that was cut and extended, has holes.
     allocate(descriptor_, bytes, true, name_);
-    return mapping::of_file(descriptor_, bytes, std::nullopt, name_.text());
+    return mapping::of_file(descriptor_, bytes, wishes, name_.text());
   }
 
   /// Removes the segment, and its name from the directory; that they are gone already is no error. The gate must be
@@ -383,16 +393,17 @@ class nursling {
     const segment_plan& plan = plan_;
     const std::string what = name_.text();
     const int descriptor = made_.locks.descriptor();
-    if (::ftruncate(descriptor, static_cast<off_t>(plan.bytes)) != 0) {
+    const std::size_t bytes = file_bytes(descriptor, plan.bytes, plan.pages);
+    if (::ftruncate(descriptor, static_cast<off_t>(bytes)) != 0) {
       if (errno == EFBIG || errno == EINVAL) {
-        fail(errc::no_space, what + ": expected room for " + std::to_string(plan.bytes) +
+        fail(errc::no_space, what + ": expected room for " + std::to_string(bytes) +
                                  " bytes, found a file system that allows no such file");
       }
-      fail_errno(errno, what + ": setting its size to " + std::to_string(plan.bytes));
+      fail_errno(errno, what + ": setting its size to " + std::to_string(bytes));
     }
-    made_.map = mapping::of_file(descriptor, plan.bytes, plan.node, what);
-    allocate(descriptor, plan.bytes, false, name_);
-    made_.map.populate();
+    made_.map = mapping::of_file(descriptor, plan.bytes, plan.pages, what);
+    allocate(descriptor, bytes, false, name_);
+    made_.map.furnish(plan.pages, what);
     plan.fill(made_.map.data());
     // A name that a power failure kept without its contents would be in the user's way for good.
     if (name_.outlives_its_ends() && ::fsync(descriptor) != 0) fail_errno(errno, what + ": writing it to the disk");
@@ -469,19 +480,6 @@ class nursling {
 };
 
 }  // namespace
-
-void place(std::byte* data, std::size_t bytes, unsigned node, const std::string& what) {
-  constexpr std::size_t bits = 8 * sizeof(unsigned long);
-  std::array<unsigned long, 16> mask{};
-  if (node >= mask.size() * bits) fail_errno(EINVAL, what + ": memory node " + std::to_string(node));
-  mask[node / bits] = 1UL << (node % bits);
-  // Preferred, not bound: a full node must not become a SIGBUS.
-  if (::syscall(SYS_mbind, data, bytes, MPOL_PREFERRED, mask.data(), mask.size() * bits, 0) != 0) {
-    // ENOSYS: a kernel without NUMA has one node, and everything lies on it.
-    if (errno == ENOSYS && node == 0) return;
-    fail_errno(errno, what + ": placing " + std::to_string(bytes) + " bytes on memory node " + std::to_string(node));
-  }
-}
 
 std::string memory_name::text() const {
   switch (scheme) {
@@ -580,38 +578,258 @@ memory_name parse_memory_name(std::string_view text) {
   return result;
 }
 
-mapping mapping::anonymous(std::size_t bytes, std::optional<unsigned> node) {
-  void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (data == MAP_FAILED) {
-    if (errno == ENOMEM) {
-      fail(errc::no_space, "private memory: expected room for " + std::to_string(bytes) + " bytes, found less");
+namespace {
+
+std::size_t base_page() noexcept {
+  static const auto bytes = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+
+std::size_t round_up(std::size_t value, std::size_t step) noexcept {
+  return (value + step - 1) / step * step;
+}
+
+/// The first line of a file that the kernel writes; empty where there is none.
+std::string first_line(const std::string& path) {
+  std::ifstream file{path};
+  std::string line;
+  std::getline(file, line);
+  return line;
+}
+
+std::size_t number_in(const std::string& path, std::size_t otherwise) {
+  const std::string line = first_line(path);
+  std::size_t number = 0;
+  return std::from_chars(line.data(), line.data() + line.size(), number).ec == std::errc{} ? number : otherwise;
+}
+
+/// Of a transparent huge page; 0: the kernel makes none.
+std::size_t transparent_page() {
+  static const std::size_t bytes = number_in("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", 0);
+  return bytes;
+}
+
+/// What memory of that size is aligned to: large memory to a huge page, so that wherever the kernel has made one, it can
+/// be mapped as one.
+std::size_t alignment_for(std::size_t extent) {
+  const std::size_t page = transparent_page();
+  return extent >= page ? page : 0;
+}
+
+/// Of a huge page that was set aside, as MAP_HUGETLB gives them; 0: the kernel has none.
+std::size_t hugetlb_page() {
+  static const std::size_t bytes = [] {
+    std::ifstream file{"/proc/meminfo"};
+    std::string line;
+    constexpr std::string_view key = "Hugepagesize:";
+    while (std::getline(file, line)) {
+      if (!line.starts_with(key)) continue;
+      return static_cast<std::size_t>(std::strtoull(line.c_str() + key.size(), nullptr, 10)) * 1024;
     }
-    fail_errno(errno, "private memory: mapping " + std::to_string(bytes) + " bytes");
+    return std::size_t{0};
+  }();
+  return bytes;
+}
+
+/// The size of a page in the file behind the descriptor, where it is one of hugetlbfs; else 0.
+std::size_t hugetlb_page_of(int descriptor) noexcept {
+  struct ::statfs system{};
+  constexpr long hugetlbfs = 0x958458f6;
+  if (::fstatfs(descriptor, &system) != 0 || system.f_type != hugetlbfs) return 0;
+  return static_cast<std::size_t>(system.f_bsize);
+}
+
+std::string list_of(const std::vector<unsigned>& numbers) {
+  std::string text;
+  for (const unsigned number : numbers) text += (text.empty() ? "" : ", ") + std::to_string(number);
+  return text;
+}
+
+/// Has the kernel make these pages on `node`, and move those that are there. Preferred, not bound: a full node must not
+/// become a SIGBUS.
+int bind_pages(std::byte* data, std::size_t bytes, unsigned node, unsigned flags) noexcept {
+  constexpr std::size_t bits = 8 * sizeof(unsigned long);
+  std::array<unsigned long, 16> mask{};
+  if (node >= mask.size() * bits) return EINVAL;
+  mask[node / bits] = 1UL << (node % bits);
+  return ::syscall(SYS_mbind, data, bytes, MPOL_PREFERRED, mask.data(), mask.size() * bits, flags) == 0 ? 0 : errno;
+}
+
+/// Throws unless the node exists.
+void check_node(unsigned node, const std::string& what) {
+  const auto& nodes = memory_nodes();
+  if (std::ranges::find(nodes, node) != nodes.end()) return;
+  fail_errno(EINVAL, what + ": expected a memory node of this machine (" + list_of(nodes) + "), found node " +
+                         std::to_string(node));
+}
+
+void add_reason(std::string& text, const std::string& reason) {
+  if (!reason.empty()) text += (text.empty() ? "" : "; ") + reason;
+}
+
+/// What /proc tells of the mappings within an address range.
+struct range_facts {
+  std::size_t page_bytes = 0;
+  std::size_t transparent_bytes = 0;
+  std::size_t locked_bytes = 0;
+};
+
+range_facts facts_of(const std::byte* data, std::size_t bytes) {
+  range_facts facts;
+  const auto first = reinterpret_cast<std::uintptr_t>(data);
+  std::ifstream file{"/proc/self/smaps"};
+  bool inside = false;
+  std::string line;
+  while (std::getline(file, line)) {
+    std::uintptr_t from = 0;
+    std::uintptr_t to = 0;
+    // A line of the form "7f00-7f20 rw-p ..." begins a mapping; those of the form "Key:  4 kB" tell of it.
+    if (std::sscanf(line.c_str(), "%" SCNxPTR "-%" SCNxPTR, &from, &to) == 2) {
+      inside = from < first + bytes && first < to;
+      continue;
+    }
+    const std::size_t colon = line.find(':');
+    if (!inside || colon == std::string::npos) continue;
+    const std::string_view key = std::string_view{line}.substr(0, colon);
+    const std::size_t value = static_cast<std::size_t>(std::strtoull(line.c_str() + colon + 1, nullptr, 10)) * 1024;
+    if (key == "KernelPageSize") facts.page_bytes = value;
+    if (key == "AnonHugePages" || key == "ShmemPmdMapped" || key == "FilePmdMapped") facts.transparent_bytes += value;
+    if (key == "Locked") facts.locked_bytes += value;
   }
-  mapping made{static_cast<std::byte*>(data), bytes, bytes};
-  if (node) place(made.data_, bytes, *node, "private memory");
-  made.populate();
+  // The kernel counts neighbours in, where it has made one mapping of several.
+  facts.transparent_bytes = std::min(facts.transparent_bytes, bytes);
+  facts.locked_bytes = std::min(facts.locked_bytes, bytes);
+  return facts;
+}
+
+}  // namespace
+
+std::size_t file_bytes(int descriptor, std::size_t bytes, const page_wishes& wishes) {
+  if (const std::size_t page = hugetlb_page_of(descriptor); page != 0) return round_up(bytes, page);
+  if (wishes.kind == page_kind::automatic || transparent_page() == 0) return bytes;
+  return round_up(bytes, transparent_page());
+}
+
+const std::vector<unsigned>& memory_nodes() {
+  static const std::vector<unsigned> known = [] {
+    std::vector<unsigned> nodes;
+    const std::string line = first_line("/sys/devices/system/node/has_memory");  // "0-1,4"
+    const char* at = line.data();
+    const char* const end = at + line.size();
+    while (at < end) {
+      unsigned from = 0;
+      auto parsed = std::from_chars(at, end, from);
+      if (parsed.ec != std::errc{}) break;
+      unsigned to = from;
+      if (parsed.ptr < end && *parsed.ptr == '-') parsed = std::from_chars(parsed.ptr + 1, end, to);
+      for (unsigned node = from; node <= to; ++node) nodes.push_back(node);
+      at = parsed.ptr + 1;
+    }
+    if (nodes.empty()) nodes.push_back(0);
+    return nodes;
+  }();
+  return known;
+}
+
+std::optional<unsigned> nearest_memory_node() noexcept {
+  unsigned cpu = 0;
+  unsigned node = 0;
+  if (::getcpu(&cpu, &node) != 0) return std::nullopt;
+  const auto& nodes = memory_nodes();
+  if (std::ranges::find(nodes, node) == nodes.end()) return std::nullopt;
+  return node;
+}
+
+void mapping::map(std::size_t bytes, std::size_t extent, std::size_t align, int flags, int descriptor) noexcept {
+  std::byte* at = nullptr;
+  if (align != 0) {
+    void* room = ::mmap(nullptr, extent + align, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED) return;
+    auto* const begin = static_cast<std::byte*>(room);
+    at = begin + (round_up(reinterpret_cast<std::uintptr_t>(begin), align) - reinterpret_cast<std::uintptr_t>(begin));
+    if (at != begin) ::munmap(begin, static_cast<std::size_t>(at - begin));
+    std::byte* const end = at + round_up(extent, base_page());
+    ::munmap(end, static_cast<std::size_t>(begin + extent + align - end));
+    flags |= MAP_FIXED;
+  }
+  void* data = ::mmap(at, extent, PROT_READ | PROT_WRITE, flags, descriptor, 0);
+  if (data == MAP_FAILED) {
+    const int error = errno;
+    if (at != nullptr) ::munmap(at, extent);
+    errno = error;
+    return;
+  }
+  data_ = static_cast<std::byte*>(data);
+  bytes_ = bytes;
+  extent_ = extent;
+}
+
+mapping mapping::anonymous(std::size_t bytes, const page_wishes& wishes) {
+  const std::string what = "private memory";
+  constexpr int flags = MAP_PRIVATE | MAP_ANONYMOUS;
+  std::string reason;
+  if (const std::size_t page = hugetlb_page(); wishes.kind == page_kind::huge && page != 0) {
+    const std::size_t extent = round_up(bytes, page);
+    mapping made;
+    made.map(bytes, extent, 0, flags | MAP_HUGETLB, -1);
+    if (made.data_ != nullptr) {
+      if (wishes.node) made.ask_for_node(*wishes.node, what);
+      // A control group may hold back what the machine has. Touching then fails here; a SIGBUS would come later.
+      if (::madvise(made.data_, extent, populate_write) == 0 || errno == EINVAL) {
+        made.furnish(wishes, what);
+        return made;
+      }
+    }
+    const std::string sizes = "/sys/kernel/mm/hugepages/hugepages-" + std::to_string(page / 1024) + "kB/free_hugepages";
+    reason = "no hugetlb pages: expected " + std::to_string(extent / page) + " free ones of " +
+             std::to_string(page / 1024) + " KiB, found " + std::to_string(number_in(sizes, 0)) +
+             " (/proc/sys/vm/nr_hugepages)";
+  } else if (wishes.kind == page_kind::huge) {
+    reason = "no hugetlb pages: this kernel has none";
+  }
+  const bool transparent = wishes.kind != page_kind::automatic && transparent_page() != 0;
+  const std::size_t extent = round_up(bytes, transparent ? transparent_page() : base_page());
+  mapping made;
+  made.map(bytes, extent, alignment_for(extent), flags, -1);
+  if (made.data_ == nullptr) {
+    if (errno == ENOMEM) {
+      fail(errc::no_space, what + ": expected room for " + std::to_string(bytes) + " bytes, found less");
+    }
+    fail_errno(errno, what + ": mapping " + std::to_string(bytes) + " bytes");
+  }
+  add_reason(made.shortfall_, reason);
+  if (wishes.node) made.ask_for_node(*wishes.node, what);
+  made.furnish(wishes, what);
   return made;
 }
 
-mapping mapping::of_file(int descriptor, std::size_t bytes, std::optional<unsigned> node, const std::string& what) {
+mapping mapping::of_file(int descriptor, std::size_t bytes, const page_wishes& wishes, const std::string& what) {
   // Through a description of its own. A mapping holds the description that it was made from, and fork copies mappings:
   // locks of that description would live on in the children of a dead owner, with no descriptor to be closed.
   const std::string file = "/proc/self/fd/" + std::to_string(descriptor);
   const int fresh = ::open(file.c_str(), O_RDWR | O_CLOEXEC);
   if (fresh < 0) fail_errno(errno, what + ": opening " + file + " to map it");
-  void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fresh, 0);
+  const std::size_t hugetlb = hugetlb_page_of(fresh);
+  std::size_t extent = round_up(bytes, hugetlb != 0 ? hugetlb : base_page());
+  struct ::stat found{};
+  if (hugetlb == 0 && wishes.kind != page_kind::automatic && ::fstat(fresh, &found) == 0) {
+    // All that its creator rounded it up to; beyond the end of the file there is nothing but a signal.
+    extent = std::max(extent, std::min(file_bytes(fresh, bytes, wishes), static_cast<std::size_t>(found.st_size)));
+  }
+  mapping made;
+  made.map(bytes, extent, hugetlb != 0 ? 0 : alignment_for(extent), MAP_SHARED, fresh);
   const int error = errno;
   ::close(fresh);
-  errno = error;
-  if (data == MAP_FAILED) {
-    if (errno == ENOMEM) {
+  if (made.data_ == nullptr) {
+    if (error == ENOMEM) {
       fail(errc::no_space, what + ": expected address space for " + std::to_string(bytes) + " bytes, found less");
     }
-    fail_errno(errno, what + ": mapping " + std::to_string(bytes) + " bytes");
+    fail_errno(error, what + ": mapping " + std::to_string(bytes) + " bytes");
   }
-  mapping made{static_cast<std::byte*>(data), bytes, bytes};
-  if (node) place(made.data_, bytes, *node, what);
+  if (wishes.kind == page_kind::huge && hugetlb == 0) {
+    made.shortfall_ = "no hugetlb pages: expected a file of hugetlbfs, found one of another file system";
+  }
+  if (wishes.node) made.ask_for_node(*wishes.node, what);
   return made;
 }
 
@@ -630,19 +848,105 @@ void mapping::keep_from_children(std::size_t bytes, void (*change)(std::byte*) n
 }
 
 void mapping::populate() noexcept {
-#ifdef MADV_POPULATE_WRITE
   // EINVAL: a kernel before 5.14. Where the kernel knows the call and cannot do it, touching would be a signal.
-  if (::madvise(data_, bytes_, MADV_POPULATE_WRITE) == 0 || errno != EINVAL) return;
-#endif
+  if (::madvise(data_, extent_, populate_write) == 0 || errno != EINVAL) return;
   // Touch each page for writing without changing it, because another process may be using it. A compare-exchange, because
   // compilers turn an addition of zero whose result nobody wants into nothing at all.
-  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-  for (std::size_t at = 0; at < bytes_; at += page) {
+  for (std::size_t at = 0; at < extent_; at += base_page()) {
     auto& word = *reinterpret_cast<std::atomic<std::uint32_t>*>(data_ + at);
     std::uint32_t same = word.load(std::memory_order_relaxed);
     while (!word.compare_exchange_weak(same, same, std::memory_order_relaxed)) {
     }
   }
+}
+
+void mapping::furnish(const page_wishes& wishes, const std::string& what) {
+  const bool set_aside = wishes.kind == page_kind::huge && facts_of(data_, extent_).page_bytes > base_page();
+  const bool transparent = wishes.kind != page_kind::automatic && !set_aside;
+  int refused = 0;
+  if (transparent) refused = ::madvise(data_, extent_, MADV_HUGEPAGE) == 0 ? 0 : errno;
+  if (wishes.prefault) populate();
+  if (transparent && wishes.prefault && refused == 0 && facts_of(data_, extent_).transparent_bytes < extent_) {
+    // A file system in memory makes huge pages by itself only where its mount says so; asked for it, it makes them of the
+    // small ones. Not before Linux 6.1.
+    if (::madvise(data_, extent_, collapse) != 0) refused = errno;
+    populate();  // the collapsed pages are to be mapped again
+  }
+  if (transparent) {
+    const std::size_t had = facts_of(data_, extent_).transparent_bytes;
+    if (had < extent_) {
+      std::string reason = "transparent huge pages: expected " + std::to_string(extent_) + " bytes of them, found " +
+                           std::to_string(had);
+      if (!wishes.prefault) {
+        reason += ", because the kernel makes them when they are touched";
+      } else if (refused != 0) {
+        reason += " (madvise: " + std::system_category().message(refused) + ')';
+      }
+      add_reason(shortfall_, reason);
+    }
+  }
+  if (!wishes.lock || ::mlock(data_, extent_) == 0) return;
+  const int error = errno;
+  struct ::rlimit limit{};
+  ::getrlimit(RLIMIT_MEMLOCK, &limit);
+  fail_errno(error, what + ": expected to lock " + std::to_string(extent_) + " bytes in memory, found " +
+                        (limit.rlim_cur == RLIM_INFINITY
+                             ? std::string{"no limit, and not the memory"}
+                             : "a limit of " + std::to_string(limit.rlim_cur) +
+                                   " bytes for all that this process locks (RLIMIT_MEMLOCK, `ulimit -l`)"));
+}
+
+void mapping::ask_for_node(unsigned node, const std::string& what) {
+  check_node(node, what);
+  const std::error_code error = move_to(node);
+  if (!error) return;
+  // A kernel without the call, or a filter such as Docker's, which allows it only together with CAP_SYS_NICE.
+  if (error.value() != ENOSYS && error.value() != EPERM) {
+    fail_errno(error.value(), what + ": placing " + std::to_string(extent_) + " bytes on memory node " +
+                                  std::to_string(node) + ", which exists; expected one that this process may use");
+  }
+  add_reason(shortfall_,
+             "not placed on node " + std::to_string(node) + ": the kernel refuses mbind (" + error.message() + ')');
+}
+
+std::error_code mapping::move_to(unsigned node) noexcept {
+  if (memory_nodes().size() == 1) return {};  // it cannot be anywhere else
+  int error = bind_pages(data_, extent_, node, MPOL_MF_MOVE_ALL);
+  if (error == EPERM) error = bind_pages(data_, extent_, node, MPOL_MF_MOVE);
+  return {error, std::system_category()};
+}
+
+page_report mapping::report() const {
+  page_report told;
+  told.bytes = extent_;
+  told.shortfall = shortfall_;
+  const range_facts facts = facts_of(data_, extent_);
+  told.page_bytes = facts.page_bytes;
+  told.transparent_bytes = facts.transparent_bytes;
+  told.locked_bytes = facts.locked_bytes;
+
+  std::map<unsigned, std::size_t> by_node;
+  std::vector<void*> pages(512);
+  std::vector<int> status(pages.size());
+  for (std::size_t at = 0; at < extent_;) {
+    std::size_t count = 0;
+    for (; count < pages.size() && at < extent_; ++count, at += base_page()) pages[count] = data_ + at;
+    // With no nodes to move to, it tells where they are.
+    if (::syscall(SYS_move_pages, 0, count, pages.data(), nullptr, status.data(), 0) != 0) {
+      // ENOSYS: a kernel without NUMA has one node, and everything that is there lies on it.
+      told.nodes_refused = std::system_category().message(errno);
+      return told;
+    }
+    for (std::size_t i = 0; i < count; ++i) {
+      if (status[i] >= 0) {
+        ++by_node[static_cast<unsigned>(status[i])];
+      } else {
+        ++told.untouched;
+      }
+    }
+  }
+  for (const auto& [node, count] : by_node) told.nodes.push_back({node, count});
+  return told;
 }
 
 fork_pause::fork_pause() {
@@ -806,8 +1110,10 @@ segment open_segment(
     // Its creator died between giving it its name and taking away the one that it was made under.
     const std::string makeshift = makeshift_path(path);
     if (contents.status().st_nlink > 1 && still_named(makeshift, descriptor)) ::unlink(makeshift.c_str());
-    found.map = contents.map(bytes_to_map(*beginning));
-    found.map.populate();
+    page_wishes wishes = plan.pages;
+    wishes.node.reset();  // where they are, they are; the end that enters may have them moved
+    found.map = contents.map(bytes_to_map(*beginning), wishes);
+    found.map.furnish(wishes, name.text());
     return found;
   }
 }

@@ -62,27 +62,42 @@ segment make_sealed_segment(const memory_name& name, const segment_plan& plan, u
     const fork_pause pause;
     to_hand_over = unshared_descriptor{pause, ::memfd_create(label.c_str(), flags)};
   };
-  create(MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
+  // Gives it its size; later, whether there is memory for all of it.
+  std::size_t bytes = plan.bytes;
+  const auto set_size = [&] {
+    bytes = file_bytes(to_hand_over.get(), plan.bytes, plan.pages);
+    return ::ftruncate(to_hand_over.get(), static_cast<::off_t>(bytes)) == 0 ? 0 : errno;
+  };
+  const auto allocate = [&](int mode) {
+    int error = 0;
+    do {
+      error = ::fallocate(to_hand_over.get(), mode, 0, static_cast<::off_t>(bytes)) == 0 ? 0 : errno;
+    } while (error == EINTR);
+    return error;
+  };
+  if (plan.pages.kind == page_kind::huge) {
+    create(MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB);
+    // Are there as many? They go back at once: where they are to lie is not said yet.
+    if (to_hand_over && (set_size() != 0 || allocate(0) != 0)) to_hand_over = {};
+    if (to_hand_over) (void)allocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE);
+  }
+  if (!to_hand_over) create(MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
   if (!to_hand_over && errno == EINVAL) create(MFD_CLOEXEC | MFD_ALLOW_SEALING);  // a kernel before 6.3
   if (!to_hand_over) fail_errno(errno, what + ": memfd_create");
-  const int memory = to_hand_over.get();
-
-  if (::ftruncate(memory, static_cast<::off_t>(plan.bytes)) != 0) {
-    fail_errno(errno, what + ": setting the memory's size to " + std::to_string(plan.bytes));
+  if (const int error = set_size(); error != 0) {
+    fail_errno(error, what + ": setting the memory's size to " + std::to_string(bytes));
   }
+  const int memory = to_hand_over.get();
   segment made;
   made.created = true;
-  made.map = mapping::of_file(memory, plan.bytes, plan.node, what);
+  made.map = mapping::of_file(memory, plan.bytes, plan.pages, what);
   // Now, so that a lack of memory is an error here and not a signal at the first message.
-  int error = 0;
-  do {
-    error = ::fallocate(memory, 0, 0, static_cast<::off_t>(plan.bytes)) == 0 ? 0 : errno;
-  } while (error == EINTR);
+  const int error = allocate(0);
   if (error == ENOSPC || error == ENOMEM) {
-    fail(errc::no_space, what + ": expected " + std::to_string(plan.bytes) + " free bytes of memory, found fewer");
+    fail(errc::no_space, what + ": expected " + std::to_string(bytes) + " free bytes of memory, found fewer");
   }
-  if (error != 0) fail_errno(error, what + ": allocating " + std::to_string(plan.bytes) + " bytes");
-  made.map.populate();
+  if (error != 0) fail_errno(error, what + ": allocating " + std::to_string(bytes) + " bytes");
+  made.map.furnish(plan.pages, what);
   plan.fill(made.map.data());
   if (::fcntl(memory, F_ADD_SEALS, wanted_seals) != 0) fail_errno(errno, what + ": sealing the memory");
   made.locks = locks_on(memory, what);
@@ -90,7 +105,8 @@ segment make_sealed_segment(const memory_name& name, const segment_plan& plan, u
 }
 
 segment enter_sealed_segment(const memory_name& name, int handed_over, std::size_t header_bytes,
-                             const std::function<std::size_t(std::span<const std::byte>)>& bytes_to_map) {
+                             const std::function<std::size_t(std::span<const std::byte>)>& bytes_to_map,
+                             page_wishes wishes) {
   const std::string what = name.text();
   // Only a memfd has seals: this also refuses sockets, devices, and files of file systems that somebody made himself.
   const int seals = ::fcntl(handed_over, F_GET_SEALS);
@@ -112,7 +128,8 @@ segment enter_sealed_segment(const memory_name& name, int handed_over, std::size
     fail(errc::truncated_segment,
          what + ": expected a segment of " + std::to_string(bytes) + " bytes, found " + std::to_string(size));
   }
-  if (size > bytes) {
+  // Huge pages are whole.
+  if (size != bytes && size != file_bytes(handed_over, bytes, {.kind = page_kind::transparent})) {
     fail(errc::layout_mismatch,
          what + ": expected a segment of " + std::to_string(bytes) + " bytes, found " + std::to_string(size));
   }
@@ -123,8 +140,9 @@ segment enter_sealed_segment(const memory_name& name, int handed_over, std::size
                                       std::to_string(allocated) + " and holes");
   }
   segment entered;
-  entered.map = mapping::of_file(handed_over, bytes, std::nullopt, what);
-  entered.map.populate();
+  wishes.node.reset();  // where they are, they are; the end that enters may have them moved
+  entered.map = mapping::of_file(handed_over, bytes, wishes, what);
+  entered.map.furnish(wishes, what);
   entered.locks = locks_on(handed_over, what);
   return entered;
 }

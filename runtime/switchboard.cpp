@@ -11,6 +11,7 @@ module;
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
@@ -195,6 +196,15 @@ class switchboard {
       if (entry.line >= 0) drop_line(entry.line);
       return true;
     });
+  }
+
+  void remember_death(process_identity process) noexcept {
+    if (is_remembered_dead(process)) return;
+    dead_[next_dead_] = process;
+    next_dead_ = (next_dead_ + 1) % dead_.size();
+  }
+  [[nodiscard]] bool is_remembered_dead(process_identity process) const noexcept {
+    return process != process_identity{} && std::ranges::find(dead_, process) != dead_.end();
   }
 
   /// The thread to join, if nothing is watched any more.
@@ -453,6 +463,9 @@ class switchboard {
   std::vector<descriptor> incoming_;
   std::map<std::pair<process_identity, std::uint64_t>, bell> bells_;
   std::vector<watched> watched_;
+  /// In a circle.
+  std::array<process_identity, 256> dead_{};
+  std::size_t next_dead_ = 0;
   std::thread sentry_;
   /// Counts the sentries that were started or relieved; a sentry whose number it no longer is goes home.
   std::uint64_t watch_number_ = 0;
@@ -549,6 +562,18 @@ void unwatch_process(process_watcher& watcher) noexcept {
     idle = here.stop_sentry_if_idle();
   }
   if (idle.joinable()) idle.join();
+}
+
+void remember_death(process_identity process) noexcept {
+  auto& here = board();
+  const std::lock_guard lock{here.mutex};
+  here.remember_death(process);
+}
+
+bool is_remembered_dead(process_identity process) noexcept {
+  auto& here = board();
+  const std::lock_guard lock{here.mutex};
+  return here.is_remembered_dead(process);
 }
 
 futex_relay::futex_relay(std::atomic<std::uint32_t>& word, std::uint64_t doorbell_number)

@@ -239,8 +239,8 @@ mapping make_system_v(const memory_name& name, const segment_plan& plan) {
   }
   mapping made;
   try {
-    made = mapping::of_system_v(identifier, plan.bytes, plan.node, name.text());
-    made.populate();
+    made = mapping::of_system_v(identifier, plan.bytes, plan.pages, name.text());
+    made.furnish(plan.pages, name.text());
     ::shmid_ds state{};
     if (::shmctl(identifier, IPC_STAT, &state) != 0) {
       fail_errno(errno, name.text() + ": looking at System V segment " + std::to_string(identifier));
@@ -299,7 +299,7 @@ std::vector<std::string> labelled_system_v() {
   return names;
 }
 
-mapping mapping::of_system_v(int identifier, std::size_t bytes, std::optional<unsigned> node, const std::string& what) {
+mapping mapping::of_system_v(int identifier, std::size_t bytes, const page_wishes& wishes, const std::string& what) {
   attachment whole{identifier, 0};
   if (whole.data() == nullptr) {
     if (errno == EACCES) fail(errc::no_permission, what + ": expected a System V segment that this user may write");
@@ -317,8 +317,15 @@ mapping mapping::of_system_v(int identifier, std::size_t bytes, std::optional<un
                                       " bytes, found " + std::to_string(state.shm_segsz));
   }
   // munmap detaches as shmdt does, provided that all of it goes.
-  mapping made{whole.release(), bytes, static_cast<std::size_t>(state.shm_segsz)};
-  if (node) place(made.data_, bytes, *node, what);
+  mapping made;
+  made.data_ = whole.release();
+  made.bytes_ = bytes;
+  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  made.extent_ = (static_cast<std::size_t>(state.shm_segsz) + page - 1) / page * page;
+  if (wishes.kind == page_kind::huge) {
+    made.shortfall_ = "no hugetlb pages: expected a file of hugetlbfs, found a System V segment";
+  }
+  if (wishes.node) made.ask_for_node(*wishes.node, what);
   return made;
 }
 

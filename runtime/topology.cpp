@@ -4,10 +4,13 @@ module;
 #include <sched.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -195,6 +198,22 @@ std::error_code pin_this_thread(unsigned cpu) {
 
 int this_cpu() noexcept {
   return ::sched_getcpu();
+}
+
+std::optional<unsigned> node_of_cpu(unsigned cpu) {
+  // The kernel links a CPU's folder to that of its node under the name "node1".
+  std::error_code error;
+  const std::filesystem::path folder{"/sys/devices/system/cpu/cpu" + std::to_string(cpu)};
+  for (const auto& entry : std::filesystem::directory_iterator{folder, error}) {
+    const std::string name = entry.path().filename().string();
+    constexpr std::string_view prefix = "node";
+    unsigned node = 0;
+    if (!name.starts_with(prefix)) continue;
+    const char* const end = name.data() + name.size();
+    const auto parsed = std::from_chars(name.data() + prefix.size(), end, node);
+    if (parsed.ec == std::errc{} && parsed.ptr == end) return node;
+  }
+  return std::nullopt;
 }
 
 }  // namespace strait

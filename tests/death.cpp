@@ -144,6 +144,8 @@ enum class part : std::uint32_t {
   fork_while_waiting,
   /// Sends one message when it has no descriptor left.
   no_descriptors,
+  /// Holds the senders of two channels, whose locks the kernel drops one long after the other.
+  slow_end,
 };
 
 struct order {
@@ -372,6 +374,9 @@ class engine {
 
 // ---- the child ------------------------------------------------------------------------------------------------------
 
+using sending = strait::sender<small_message>;
+using receiving = strait::receiver<small_message>;
+
 constexpr int ledger_descriptor = 100;
 
 template <class End>
@@ -541,6 +546,23 @@ void child_sends_without_descriptors(ledger& mine) {
   wait_for(mine.go, never);
 }
 
+/// The kernel closes descriptors one by one, and these take their time: the last reference to some memory goes with each.
+void child_ends_slowly(ledger& mine) {
+  const std::string name = mine.what.name.data();
+  auto* one = new sending{strait::open_sender<small_message>(name + "-1")};
+  for (int i = 0; i < 4; ++i) {
+    constexpr ::off_t bytes = 64 << 20;
+    const int memory = ::memfd_create("strait-death-ballast", MFD_CLOEXEC);
+    if (memory < 0 || ::fallocate(memory, 0, 0, bytes) != 0) {
+      throw std::system_error{errno, std::system_category(), "ballast"};
+    }
+  }
+  auto* two = new sending{strait::open_sender<small_message>(name + "-2")};
+  for (auto* end : {one, two}) end->blocking_send(make<small_message>(key_of(1, 0)));
+  mine.opened = 1;
+  wait_for(mine.go, never);
+}
+
 template <class T>
 void child_of_type(ledger& mine) {
   switch (mine.what.part) {
@@ -566,6 +588,9 @@ void child_of_type(ledger& mine) {
       return;
     case part::no_descriptors:
       child_sends_without_descriptors(mine);
+      return;
+    case part::slow_end:
+      child_ends_slowly(mine);
       return;
   }
 }
@@ -1124,9 +1149,6 @@ struct survivor {
   ledger book;
 };
 
-using sending = strait::sender<small_message>;
-using receiving = strait::receiver<small_message>;
-
 // ---- stopped --------------------------------------------------------------------------------------------------------
 
 /// How long a peer is stopped: much longer than any poll, and than the second in which a death would be reported.
@@ -1526,6 +1548,41 @@ TEST_CASE("a survivor without descriptors is told of a death") {
       CHECK(poor.reap() == 0);
       CHECK_FALSE(exists(name));
     }
+  }
+}
+
+TEST_CASE("who is told of a death by one channel and closes the others leaves no name of them") {
+  for (int i = 0; i < 4 * rounds_factor; ++i) {
+    CAPTURE(i);
+    const std::string name = fresh_name();
+    order deed = order_for(name, strait::role::sender);
+    deed.part = part::slow_end;
+    // The locks are looked at every ten milliseconds, and not when the kernel has come to the socket as well.
+    deed.alone_in_network = true;
+    child peer{deed};
+    if (!within(patience, [&] { return peer.book().opened != 0 || peer.book().failed != 0; })) FAIL("no peer");
+    if (peer.book().failure_text() == "unshare") {
+      MESSAGE("skipped: this user may not leave for a network of its own (CLONE_NEWNET)");
+      return;
+    }
+    REQUIRE(peer.book().failure_text() == "");
+    std::array ends{strait::open_receiver<small_message>(name + "-1"),
+                    strait::open_receiver<small_message>(name + "-2")};
+    for (auto& end : ends) CHECK(end.blocking_recv().has_value());
+    std::array<std::error_code, 2> told;
+    // Both look at their peer, and so watch it.
+    for (std::size_t j : {0U, 1U}) CHECK_FALSE(ends[j].try_recv(told[j]));
+    peer.kill_now();
+    CHECK(within(patience, [&] {
+      for (std::size_t j : {0U, 1U}) (void)ends[j].try_recv(told[j]);
+      return told[0] || told[1];
+    }));
+    // One of them, or the kernel dropped both at once and this case shows nothing.
+    CHECK(static_cast<bool>(told[0]) != static_cast<bool>(told[1]));
+    for (auto& end : ends) end.close();
+    CHECK_FALSE(exists(name + "-1"));
+    CHECK_FALSE(exists(name + "-2"));
+    CHECK(peer.reap() == SIGKILL);
   }
 }
 

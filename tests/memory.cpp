@@ -59,7 +59,7 @@ struct test_segment {
   open_mode mode = open_mode::open_or_create;
   std::size_t bytes = segment_bytes;
   unsigned permissions = 0600;
-  std::optional<unsigned> node = std::nullopt;
+  strait::page_wishes pages = {};
   std::optional<unsigned> group = std::nullopt;
   std::chrono::steady_clock::time_point deadline{};
   /// What is to be done with one that is there.
@@ -69,7 +69,7 @@ struct test_segment {
     strait::segment_plan plan;
     plan.bytes = bytes;
     plan.mode = permissions;
-    plan.node = node;
+    plan.pages = pages;
     plan.group = group;
     plan.fill = [](std::byte* memory) { std::memcpy(memory, mark.data(), mark.size()); };
     const auto checked = [](std::span<const std::byte> header) {
@@ -149,7 +149,7 @@ TEST_CASE("memory: an error text shows bytes that a terminal would not") {
 }
 
 TEST_CASE("memory: anonymous pages are there, zero, and gone with their owner") {
-  auto pages = strait::mapping::anonymous(10'000, std::nullopt);
+  auto pages = strait::mapping::anonymous(10'000, {});
   CHECK(pages.size() == 10'000);
   CHECK(std::all_of(pages.data(), pages.data() + 10'000, [](std::byte b) { return b == std::byte{0}; }));
   pages.data()[9'999] = std::byte{7};
@@ -192,7 +192,7 @@ TEST_CASE("child: no MADV_POPULATE_WRITE" * doctest::skip()) {
     for (std::size_t i = 0; i < pages; ++i) const_cast<volatile std::byte*>(memory.data())[i * page] = std::byte{1};
     return faults() - before;
   };
-  CHECK(faults_of(strait::mapping::anonymous(pages * page, std::nullopt)) < 16);
+  CHECK(faults_of(strait::mapping::anonymous(pages * page, {})) < 16);
   const channel_name name{"touched"};
   const auto parsed = strait::parse_memory_name(name.text());
   CHECK(faults_of(test_segment{.name = parsed, .bytes = pages * page}.open().map) < 16);
@@ -205,21 +205,213 @@ TEST_CASE("memory: pages are touched where the kernel is older than MADV_POPULAT
 
 TEST_CASE("memory: more than the address space holds is no_space") {
   check_refused(errc::no_space, {"expected room for", std::to_string(std::size_t{1} << 60)},
-                [] { (void)strait::mapping::anonymous(std::size_t{1} << 60, std::nullopt); });
+                [] { (void)strait::mapping::anonymous(std::size_t{1} << 60, {}); });
 }
 
-TEST_CASE("memory: a node that is not there is an error that names it") {
+TEST_CASE("memory: a node that is not there is an error that names it and those that are") {
+  const auto& nodes = strait::memory_nodes();
+  REQUIRE_FALSE(nodes.empty());
+  CHECK(std::ranges::is_sorted(nodes));
   for (const unsigned node : {1000U, 1'000'000U}) {
     CAPTURE(node);
-    check_refused(std::error_code{EINVAL, std::system_category()}, {"private memory", std::to_string(node)},
-                  [&] { (void)strait::mapping::anonymous(4096, node); });
+    const std::string found = "found node " + std::to_string(node);
+    const std::string expected = '(' + std::to_string(nodes.front());
+    check_refused(std::error_code{EINVAL, std::system_category()}, {"private memory", expected, found},
+                  [&] { (void)strait::mapping::anonymous(4096, {.node = node}); });
     const channel_name name{"node"};
-    check_refused(std::error_code{EINVAL, std::system_category()}, {name.text(), std::to_string(node)},
-                  [&] { (void)test_segment{.name = strait::parse_memory_name(name.bare()), .node = node}.open(); });
+    check_refused(std::error_code{EINVAL, std::system_category()}, {name.text(), expected, found}, [&] {
+      (void)test_segment{.name = strait::parse_memory_name(name.bare()), .pages = {.node = node}}.open();
+    });
     CHECK_FALSE(name.exists());
+    auto placed = strait::mapping::anonymous(4096, {.node = nodes.front()});
+    CHECK(placed.size() == 4096);
+    check_refused(std::error_code{EINVAL, std::system_category()}, {"private memory", expected, found},
+                  [&] { placed.ask_for_node(node, "private memory"); });
   }
-  const auto placed = strait::mapping::anonymous(4096, 0);
-  CHECK(placed.size() == 4096);
+  const auto near = strait::nearest_memory_node();
+  if (near) CHECK(std::ranges::find(nodes, *near) != nodes.end());
+}
+
+namespace {
+
+std::size_t base_page() {
+  return static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+}
+
+std::size_t placed_pages(const strait::page_report& report) {
+  std::size_t pages = 0;
+  for (const auto& share : report.nodes) {
+    const auto& nodes = strait::memory_nodes();
+    CHECK(std::ranges::find(nodes, share.node) != nodes.end());
+    pages += share.pages;
+  }
+  return pages;
+}
+
+/// From now on the kernel answers this system call with that errno, to this thread and what it starts.
+void refuse_call(unsigned number, unsigned error) {
+  std::array filter{
+      ::sock_filter BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(::seccomp_data, nr)),
+      ::sock_filter BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, number, 0, 1),
+      ::sock_filter BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error),
+      ::sock_filter BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  const ::sock_fprog program{filter.size(), filter.data()};
+  REQUIRE(::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
+  REQUIRE(::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0);
+}
+
+}  // namespace
+
+TEST_CASE("memory: the report tells where the pages are, and of what kind") {
+  constexpr std::size_t pages = 10;
+  const auto touched = strait::mapping::anonymous(pages * base_page() - 1, {}).report();
+  CHECK(touched.bytes == pages * base_page());
+  CHECK(touched.nodes_refused.empty());
+  CHECK(placed_pages(touched) == pages);
+  CHECK(touched.untouched == 0);
+  CHECK(touched.page_bytes == base_page());
+  CHECK(touched.locked_bytes == 0);
+  CHECK(touched.shortfall.empty());
+  const auto untouched = strait::mapping::anonymous(pages * base_page(), {.prefault = false}).report();
+  CHECK(placed_pages(untouched) == 0);
+  CHECK(untouched.untouched == pages);
+
+  const channel_name name{"report"};
+  const auto parsed = strait::parse_memory_name(name.text());
+  const auto made = test_segment{.name = parsed, .pages = {.prefault = false}}.open();
+  // It is filled by its maker; the rest is there, but not touched by this process.
+  CHECK(placed_pages(made.map.report()) == 1);
+  CHECK(made.map.report().untouched == segment_bytes / base_page() - 1);
+  struct ::stat file{};
+  REQUIRE(::stat(name.path().c_str(), &file) == 0);
+  CHECK(file.st_blocks * 512 >= static_cast<::off_t>(segment_bytes));
+}
+
+TEST_CASE("memory: pages are asked to move, and stay usable") {
+  auto memory = strait::mapping::anonymous(4 * base_page(), {});
+  memory.data()[base_page()] = std::byte{7};
+  CHECK_FALSE(memory.move_to(strait::memory_nodes().back()));
+  CHECK(memory.data()[base_page()] == std::byte{7});
+  CHECK(memory.report().nodes == std::vector<strait::node_share>{{strait::memory_nodes().back(), 4}});
+}
+
+TEST_CASE("child: no move_pages" * doctest::skip()) {
+  if (!test::is_child()) return;
+  refuse_call(SYS_move_pages, EPERM);
+  const auto report = strait::mapping::anonymous(4 * base_page(), {}).report();
+  CHECK(report.nodes.empty());
+  CHECK(report.nodes_refused == std::system_category().message(EPERM));
+  CHECK(report.page_bytes == base_page());
+}
+
+TEST_CASE("memory: where the kernel does not tell the nodes, the report says so") {
+  test::other_process child{"child: no move_pages"};
+  CHECK(child.finish() == 0);
+}
+
+TEST_CASE("memory: transparent huge pages are had on request, or the report says why not") {
+  constexpr std::size_t huge = std::size_t{2} << 20;
+  const channel_name name{"transparent"};
+  const auto parsed = strait::parse_memory_name(name.text());
+  const auto check = [&](const strait::mapping& memory) {
+    const auto report = memory.report();
+    MESSAGE(report.transparent_bytes, " of ", report.bytes, " bytes; ", report.shortfall);
+    if (report.shortfall.empty()) {
+      CHECK(report.transparent_bytes == report.bytes);
+      CHECK(report.bytes % huge == 0);
+    } else {
+      CHECK(report.transparent_bytes < report.bytes);
+      CHECK(report.shortfall.find("transparent huge pages: expected " + std::to_string(report.bytes)) !=
+            std::string::npos);
+    }
+  };
+  auto memory = strait::mapping::anonymous(segment_bytes, {.kind = strait::page_kind::transparent});
+  CHECK(memory.size() == segment_bytes);
+  check(memory);
+  auto made = test_segment{.name = parsed, .pages = {.kind = strait::page_kind::transparent}}.open();
+  CHECK(made.map.size() == segment_bytes);
+  check(made.map);
+  made.locks.unlock(strait::gate_byte);
+  // Who does not ask for them enters the same memory.
+  CHECK(text_of(test_segment{.name = parsed}.open()) == mark);
+  // Only the kernel decides where nobody touches them.
+  const auto later =
+      strait::mapping::anonymous(huge, {.kind = strait::page_kind::transparent, .prefault = false}).report();
+  CHECK(later.shortfall.find("when they are touched") != std::string::npos);
+}
+
+TEST_CASE("memory: memory that is handed over has huge pages, too, and is no longer than they are") {
+  const strait::memory_name name{.scheme = strait::memory_scheme::handed_over, .name = "/tmp/strait-test"};
+  for (const auto kind : {strait::page_kind::transparent, strait::page_kind::huge}) {
+    strait::segment_plan plan;
+    plan.bytes = segment_bytes;
+    plan.pages.kind = kind;
+    plan.fill = [](std::byte* memory) { std::memcpy(memory, mark.data(), mark.size()); };
+    strait::unshared_descriptor memory;
+    const auto made = strait::make_sealed_segment(name, plan, memory);
+    const auto report = made.map.report();
+    const std::size_t page = std::max(report.page_bytes, std::size_t{2} << 20);
+    MESSAGE(strait::to_string(kind), ": ", report.page_bytes, ", ", report.transparent_bytes, " of ", report.bytes,
+            " bytes; ", report.shortfall);
+    struct ::stat file{};
+    REQUIRE(::fstat(memory.get(), &file) == 0);
+    CHECK((file.st_size == segment_bytes || static_cast<std::size_t>(file.st_size) == page));
+    CHECK((report.page_bytes > base_page() || report.transparent_bytes == report.bytes || !report.shortfall.empty()));
+    const auto entered = strait::enter_sealed_segment(name, memory.get(), mark.size(),
+                                                      [](std::span<const std::byte>) { return segment_bytes; }, {});
+    CHECK(text_of(entered) == mark);
+    CHECK(entered.map.size() == segment_bytes);
+    // Longer than the header says by anything else.
+    plan.bytes = report.bytes + 1;
+    strait::unshared_descriptor longer;
+    (void)strait::make_sealed_segment(name, plan, longer);
+    check_refused(errc::layout_mismatch, {"expected a segment of " + std::to_string(segment_bytes)}, [&] {
+      (void)strait::enter_sealed_segment(name, longer.get(), mark.size(),
+                                         [](std::span<const std::byte>) { return segment_bytes; }, {});
+    });
+  }
+}
+
+TEST_CASE("memory: huge pages that were set aside are used, and without them there is a fallback that is told") {
+  const auto report = strait::mapping::anonymous(segment_bytes, {.kind = strait::page_kind::huge}).report();
+  MESSAGE(report.page_bytes, " bytes a page; ", report.shortfall);
+  if (report.page_bytes > base_page()) {
+    CHECK(report.shortfall.empty());
+    CHECK(report.bytes % report.page_bytes == 0);
+  } else {
+    CHECK(report.shortfall.find("no hugetlb pages") != std::string::npos);
+  }
+  // A name in /dev/shm is no place for them.
+  const channel_name name{"huge"};
+  const auto made =
+      test_segment{.name = strait::parse_memory_name(name.text()), .pages = {.kind = strait::page_kind::huge}}.open();
+  CHECK(made.map.report().shortfall.find("expected a file of hugetlbfs") != std::string::npos);
+}
+
+TEST_CASE("child: little may be locked" * doctest::skip()) {
+  if (!test::is_child()) return;
+  const channel_name name{"locked"};
+  const auto parsed = strait::parse_memory_name(name.text());
+  const auto limit = static_cast<::rlim_t>(base_page());
+  const ::rlimit few{.rlim_cur = limit, .rlim_max = limit};
+  REQUIRE(::setrlimit(RLIMIT_MEMLOCK, &few) == 0);
+  if (::geteuid() == 0) REQUIRE(::setresuid(65534, 65534, 65534) == 0);  // root may lock as much as it likes
+  const std::string shown = "a limit of " + std::to_string(base_page()) + " bytes";
+  const std::error_code no_memory{ENOMEM, std::system_category()};
+  check_refused(no_memory, {"private memory", shown, "RLIMIT_MEMLOCK"},
+                [] { (void)strait::mapping::anonymous(segment_bytes, {.lock = true}); });
+  check_refused(no_memory, {name.text(), shown, "RLIMIT_MEMLOCK"},
+                [&] { (void)test_segment{.name = parsed, .pages = {.lock = true}}.open(); });
+  CHECK_FALSE(name.exists());
+}
+
+TEST_CASE("memory: locked pages are reported, and more than the limit is an error that names it") {
+  const auto locked = strait::mapping::anonymous(segment_bytes, {.prefault = false, .lock = true}).report();
+  CHECK(locked.locked_bytes == segment_bytes);
+  CHECK(locked.untouched == 0);
+  test::other_process child{"child: little may be locked"};
+  CHECK(child.finish() == 0);
 }
 
 TEST_CASE("memory: a lock is held by one description, whoever owns the descriptor") {

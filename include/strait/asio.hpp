@@ -388,13 +388,16 @@ template <class In, class Out, class Token>
 auto async_recv(duplex<In, Out>& from, Token&& token) {
   return async_recv(from.in, std::forward<Token>(token));
 }
+/// The same of a duplex.
 template <class In, class Out, class U, class Token>
 auto async_send(duplex<In, Out>& to, U&& message, Token&& token) {
   return async_send(to.out, std::forward<U>(message), std::forward<Token>(token));
 }
 
-/// Accepts the next peer; any completion token. Signature: `void(std::error_code, duplex<In, Out>)`. Everything else as
-/// for `async_recv`, and for `accept`.
+/// Accepts the next peer; any completion token. Signature: `void(std::error_code, duplex<In, Out>)`.
+///
+/// Waits: as `async_recv`. Cancel safety: as `accept`. Allocates: as `async_recv`. Errors: as `accept`, and
+/// `asio::error::operation_aborted`. Complexity: constant.
 template <class In, class Out, class Token>
 auto async_accept(listener<In, Out>& at, Token&& token) {
   using operation = decltype(at.make_operation(errors_thrown{}));
@@ -402,8 +405,10 @@ auto async_accept(listener<In, Out>& at, Token&& token) {
       detail::arriving<operation>{at.make_operation(errors_thrown{})}, std::forward<Token>(token));
 }
 
-/// Connects to a listener: `async_connect<Reply, Request>(name, token)`. The attempt begins at once. Everything else as
-/// for `async_accept`, and for `connect`.
+/// Connects to a listener: `async_connect<Reply, Request>(name, token)`. The attempt begins at once.
+///
+/// Waits: as `async_recv`. Cancel safety: as `connect`. Allocates: as `async_recv`, and as `connect`. Errors: as `connect`,
+/// and `asio::error::operation_aborted`. Complexity: as `connect`.
 template <class In, class Out, class Token>
 auto async_connect(std::string_view name, Token&& token, const connect_options& options = {}) {
   using operation = arrival_operation<In, Out, std::unique_ptr<caller>, errors_thrown>;

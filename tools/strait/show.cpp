@@ -212,9 +212,11 @@ std::string json(const std::vector<channel_state>& channels, const std::vector<r
     if (is_known(channel)) {
       fmt::format_to(out,
                      ",\"type\":{},\"type_version\":{},\"message_bytes\":{},\"capacity\":{},\"depth\":{},\"sent\":{},"
-                     "\"taken\":{},\"bytes\":{},\"corrupt\":{},\"awaits_receiver\":{}",
+                     "\"taken\":{},\"bytes\":{},\"node_asked\":{},\"corrupt\":{},"
+                     "\"awaits_receiver\":{}",
                      json_string(channel.type), channel.type_version, channel.message_bytes, channel.capacity,
-                     channel.depth, channel.sent, channel.taken, channel.segment_bytes, channel.corrupt,
+                     channel.depth, channel.sent, channel.taken, channel.segment_bytes,
+                     channel.node_asked ? fmt::to_string(*channel.node_asked) : "null", channel.corrupt,
                      channel.deposited);
     } else {
       text += ",\"type\":null,\"capacity\":null,\"depth\":null";
@@ -224,9 +226,10 @@ std::string json(const std::vector<channel_state>& channels, const std::vector<r
     text += ",\"ends\":[";
     if (is_known(channel)) {
       for (const end_state& end : channel.ends) {
-        fmt::format_to(out, "{}{{\"role\":\"{}\",\"pid\":{},\"state\":\"{}\",\"alive\":{},\"parks\":{},\"wakes\":{}}}",
-                       &end == channel.ends.data() ? "" : ",", to_string(end.which), end.pid, state_of(end), end.alive,
-                       end.parks, end.wakes);
+        fmt::format_to(
+            out, "{}{{\"role\":\"{}\",\"pid\":{},\"state\":\"{}\",\"alive\":{},\"parks\":{},\"wakes\":{},\"cpu\":{}}}",
+            &end == channel.ends.data() ? "" : ",", to_string(end.which), end.pid, state_of(end), end.alive, end.parks,
+            end.wakes, end.cpu ? fmt::to_string(*end.cpu) : "null");
       }
     }
     text += ']';
@@ -267,14 +270,16 @@ std::string statistics(const channel_state& channel) {
     add("message", fmt::format("{} bytes, aligned to {}", channel.message_bytes, channel.message_alignment));
     add("capacity", fmt::format("{} messages", channel.capacity));
     add("segment", fmt::format("{} bytes, made by process {}", channel.segment_bytes, channel.creator_pid));
+    add("node", channel.node_asked ? fmt::format("{} was asked for", *channel.node_asked) : "that of the receiver");
     add("order", channel.barrier == strait::store_load::by_fence ? "a fence in each send" : "membarrier by who waits");
     add("depth", fmt::format("{} {}", channel.depth, bar(channel.depth, channel.capacity)));
     add("sent", fmt::to_string(channel.sent));
     add("taken", fmt::to_string(channel.taken));
     for (const end_state& end : channel.ends) {
       add(std::string{to_string(end.which)},
-          fmt::format("{}{}, {} parks, {} wakes", state_of(end),
-                      end.pid == 0 ? "" : fmt::format(", process {}", end.pid), end.parks, end.wakes));
+          fmt::format("{}{}{}, {} parks, {} wakes", state_of(end),
+                      end.pid == 0 ? "" : fmt::format(", process {}", end.pid),
+                      end.cpu ? fmt::format(", last slept on CPU {}", *end.cpu) : "", end.parks, end.wakes));
     }
   }
   return columns(rows, {false, false});
