@@ -972,18 +972,28 @@ channel_state judge(const memory_name& name, const segment_look& look) {
   return state;
 }
 
+/// What was handed over has no name by which it could be found, and nobody has to remove it.
+void refuse_handed_over(const memory_name& name) {
+  if (name.scheme != memory_scheme::handed_over) return;
+  fail(errc::unknown_scheme, name.text() +
+                                 ": expected a channel with a name of its own, found one that is handed over at "
+                                 "a socket, and that goes with its ends");
+}
+
 }  // namespace
 
 channel_state inspect(std::string_view name) {
   const memory_name parsed = parse_memory_name(name);
+  refuse_handed_over(parsed);
   return judge(parsed, look_at_segment(parsed, sizeof(segment_header)));
 }
 
 std::vector<channel_state> list_channels() {
   std::vector<channel_state> found;
-  for (auto& [name, size] : named_files()) {
+  for (auto& [name, size, link] : named_files()) {
     try {
-      found.push_back(judge(name, look_at_segment(name, sizeof(segment_header))));
+      found.push_back(judge(name, link.empty() ? look_at_segment(name, sizeof(segment_header))
+                                               : look_at_handed_over(name, link, sizeof(segment_header))));
     } catch (const std::system_error& error) {
       if (error.code() == errc::no_permission) {
         if (size < sizeof(segment_header)) continue;  // a semaphore, for instance
@@ -1001,6 +1011,7 @@ std::vector<channel_state> list_channels() {
 
 void remove_channel(std::string_view name, removal which) {
   const memory_name parsed = parse_memory_name(name);
+  refuse_handed_over(parsed);
   const std::string channel = parsed.text();
   const auto refuse_unless_removable = [&](const segment_look& look) {
     const channel_state state = judge(parsed, look);

@@ -1191,11 +1191,19 @@ std::string current_path(const std::filesystem::path& link, const std::filesyste
   return {};
 }
 
-/// The files outside of /dev/shm on which somebody holds locks as our ends do: those that live in `file:` channels are
-/// among them. Of processes that this user may not look into, nothing is known.
-std::set<std::string> locked_files() {
-  namespace fs = std::filesystem;
+/// What processes show that live in segments without a place of their own in the list.
+struct shown_by_processes {
+  /// The files outside of /dev/shm on which somebody holds locks as our ends do: those that live in `file:` channels are
+  /// among them.
   std::set<std::string> paths;
+  /// By name, because both ends show them, where /proc has what was handed over.
+  std::map<std::string, std::string> handed_over;
+};
+
+/// Of processes that this user may not look into, nothing is known.
+shown_by_processes look_into_processes() {
+  namespace fs = std::filesystem;
+  shown_by_processes found;
   std::error_code over;  // whatever ends while we look
   for (fs::directory_iterator process{"/proc", over}, end; !over && process != end; process.increment(over)) {
     if (process->path().filename().native().find_first_not_of("0123456789") != std::string::npos) continue;
@@ -1204,16 +1212,20 @@ std::set<std::string> locked_files() {
       std::error_code gone;
       const std::string path = fs::read_symlink(file->path(), gone).native();
       if (gone || !path.starts_with('/') || path.starts_with(shm_directory)) continue;
+      if (const auto name = name_of_handed_over(path, file->path().c_str())) {
+        found.handed_over.try_emplace(name->name, file->path().native());
+        continue;
+      }
       std::ifstream facts{process->path() / "fdinfo" / file->path().filename()};
       bool locks = false;
       for (std::string fact; !locks && std::getline(facts, fact);) {
         locks = fact.starts_with("lock:") && fact.find(" OFDLCK ") != std::string::npos;
       }
-      if (locks) paths.insert(current_path(file->path(), path));
+      if (locks) found.paths.insert(current_path(file->path(), path));
     }
   }
-  paths.erase(std::string{});
-  return paths;
+  found.paths.erase(std::string{});
+  return found;
 }
 
 }  // namespace
@@ -1247,7 +1259,9 @@ std::vector<named_file> named_files() {
         files, [&](const named_file& file) { return file.name.scheme == name.scheme && file.name.name == name.name; });
     if (!known) files.push_back({name, 0});
   }
-  for (const std::string& path : locked_files()) {
+  const shown_by_processes shown = look_into_processes();
+  for (const auto& [name, link] : shown.handed_over) files.push_back({{memory_scheme::handed_over, name}, 0, link});
+  for (const std::string& path : shown.paths) {
     struct ::stat file{};
     if (::lstat(path.c_str(), &file) == 0 && S_ISREG(file.st_mode)) {
       files.push_back({{memory_scheme::file, path}, static_cast<std::uint64_t>(file.st_size)});
