@@ -12,6 +12,7 @@ module;
 #include <sys/statfs.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -1064,7 +1065,7 @@ segment open_segment(
       fail_errno(ENOENT, name.text() + ": expected an existing channel at " + path);
     }
     // Looked for rather than watched: inotify sees neither what comes over a network nor into a directory that is yet to
-    // be made, and a look costs a microsecond.
+    // be made, and a look costs two microseconds.
     sleep_a_moment();
   };
   for (;;) {
@@ -1191,6 +1192,25 @@ std::string current_path(const std::filesystem::path& link, const std::filesyste
   return {};
 }
 
+/// Whether anybody holds a lock as our ends do on a file outside of /dev/shm, or on memory without a
+/// name: one look, where the next one below is at
+/// every descriptor of every process.
+bool has_locks_elsewhere() {
+  struct ::stat directory{};
+  std::ifstream locks{"/proc/locks"};
+  if (!locks || ::stat(std::string{shm_directory}.c_str(), &directory) != 0) return true;
+  for (std::string lock; std::getline(locks, lock);) {
+    const std::size_t at = lock.find(" OFDLCK ");
+    unsigned major = 0;
+    unsigned minor = 0;
+    // 1: OFDLCK ADVISORY  WRITE -1 00:1a:12345 1 1
+    if (at == std::string::npos) continue;
+    if (std::sscanf(lock.c_str() + at, " OFDLCK %*s %*s %*d %x:%x:", &major, &minor) != 2) return true;
+    if (::makedev(major, minor) != directory.st_dev) return true;
+  }
+  return false;
+}
+
 /// What processes show that live in segments without a place of their own in the list.
 struct shown_by_processes {
   /// The files outside of /dev/shm on which somebody holds locks as our ends do: those that live in `file:` channels are
@@ -1204,6 +1224,7 @@ struct shown_by_processes {
 shown_by_processes look_into_processes() {
   namespace fs = std::filesystem;
   shown_by_processes found;
+  if (!has_locks_elsewhere()) return found;
   std::error_code over;  // whatever ends while we look
   for (fs::directory_iterator process{"/proc", over}, end; !over && process != end; process.increment(over)) {
     if (process->path().filename().native().find_first_not_of("0123456789") != std::string::npos) continue;
