@@ -36,8 +36,9 @@ message. Takes a minute or two.
   --json FILE       write every row of the table to FILE as well, as a JSON array
   --rounds N        interleaved rounds for each subject (default 9; figures that are to be published need at least 9)
   --quick           shorter rounds: to see that it works, not how fast
-  --memory NAME     where strait's channels lie: posix (default), sysv, file (in the directory for temporary files), or
-                    private (both ends are then threads of one process, pinned as the two processes are)
+  --memory NAME     where strait's channels lie: posix (default), sysv, file (in the directory for temporary files), unix
+                    (sealed memory handed over a Unix socket), or private (both ends are then threads of one process,
+                    pinned as the two processes are)
   --case PREFIX     only the cases whose names begin with PREFIX
   --subject PREFIX  only the subjects whose names begin with PREFIX; may be given several times
   --help            this text
@@ -222,6 +223,8 @@ int demonstrate(const options& chosen) {
     fmt::print("strait's channels are files in {}.\n", std::filesystem::temp_directory_path().string());
   } else if (chosen.plan.memory == bench::memory::system_v) {
     fmt::print("strait's channels are in System V memory.\n");
+  } else if (chosen.plan.memory == bench::memory::handed_over) {
+    fmt::print("strait's channels are in sealed memory that was handed over a Unix socket.\n");
   } else if (chosen.plan.memory == bench::memory::private_memory) {
     fmt::print("strait's channels are in private memory, their ends two threads of one process.\n");
   }

@@ -93,9 +93,9 @@ enum class tally : std::uint32_t { nothing, syscalls, allocations };
 enum class role : std::uint32_t { producer, consumer };
 
 /// Where strait's channels lie: between the two processes, or in one that has both ends as threads.
-enum class memory : std::uint32_t { posix, system_v, file, private_memory };
+enum class memory : std::uint32_t { posix, system_v, file, private_memory, handed_over };
 /// What they are called on the command line.
-inline constexpr std::array<std::string_view, 4> memory_names{"posix", "sysv", "file", "private"};
+inline constexpr std::array<std::string_view, 5> memory_names{"posix", "sysv", "file", "private", "unix"};
 
 inline constexpr std::size_t cache_pair = 128;  // as strait's padding: x86 fetches lines in pairs
 inline constexpr std::size_t sample_limit = std::size_t{1} << 17;

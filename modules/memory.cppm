@@ -289,8 +289,9 @@ struct boot_identity {
 
 /// This boot, as /proc/sys/kernel/random/boot_id tells it: the same in every container of the machine.
 ///
-/// Waits: never. Allocates: never. Errors: none. Complexity: three system calls, once.
-[[nodiscard]] boot_identity this_boot() noexcept;
+/// Waits: never. Allocates: never. Errors: EMFILE, ENFILE or ENOMEM when there is no descriptor to read it with; the next
+/// call tries again. Complexity: three system calls, once.
+[[nodiscard]] boot_identity this_boot();
 
 /// Counts the forks that led to this process; an end that was opened under another count belongs to a parent.
 [[nodiscard]] std::uint32_t fork_generation() noexcept;
@@ -375,10 +376,12 @@ struct named_file {
   memory_name name;
   /// Of the file, which for System V is the companion.
   std::uint64_t size = 0;
+  /// Where /proc shows it, if it was handed over; its name is that of the socket and, behind a '#', a number of its own.
+  std::string link = {};
 };
 
 /// Everything that may be a named segment, by name: the files in /dev/shm, the System V segments whose companion is gone,
-/// and those files elsewhere that a process which this user may look into holds a lock on.
+/// and, of processes which this user may look into, those files elsewhere that they hold a lock on, and what was handed over.
 ///
 /// Waits: never. Allocates: the names. Errors: the errno of the failing call. Complexity: a system call a file, and two
 /// for each descriptor of those processes.
@@ -403,6 +406,13 @@ struct segment_look {
 /// Waits: never. Allocates: the header. Errors: `foreign_segment` for what is no file, `no_permission`, or the errno of
 /// the failing call. Complexity: half a dozen system calls.
 [[nodiscard]] segment_look look_at_segment(const memory_name& name, std::size_t header_bytes);
+
+/// The same for a segment that was handed over, by the descriptor of a process that lives in it.
+///
+/// Waits: never. Allocates: the header. Errors: `foreign_segment` for what is none by now, or the errno of the failing
+/// call: ENOENT when the process ended. Complexity: four system calls.
+[[nodiscard]] segment_look look_at_handed_over(const memory_name& name, const std::string& link,
+                                               std::size_t header_bytes);
 
 /// Takes a segment's name away. `examine` throws when it is not to be removed; it is called before the gate is taken,
 /// because a foreign file's locks are not ours to take, and again with the gate held.
@@ -461,6 +471,10 @@ struct system_v_companion {
 /// Copies its beginning: as much as fits and is there.
 [[nodiscard]] std::size_t read_system_v(const memory_name& name, const system_v_segment& segment,
                                         std::span<std::byte> into);
+
+/// The name of what a process has open as `link`, of which /proc shows `shown`; none if that is no segment that was handed
+/// over.
+[[nodiscard]] std::optional<memory_name> name_of_handed_over(std::string_view shown, const char* link);
 
 /// The names on the labels of all segments that this user may read and whose companions are to be in our /dev/shm.
 [[nodiscard]] std::vector<std::string> labelled_system_v();

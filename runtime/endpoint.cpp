@@ -157,7 +157,7 @@ bool words_are_sound(const segment_header& header, bool inhabited) noexcept {
              header.capacity;
 }
 
-bool of_this_boot(const end_entry& entry) noexcept {
+bool of_this_boot(const end_entry& entry) {
   const boot_identity boot = this_boot();
   // relaxed: entering and examining are ordered by the gate.
   return entry.boot_high.load(std::memory_order_relaxed) == boot.high &&
@@ -336,8 +336,9 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     return verdict::enter;
   };
 
-  // Now, because it may fail: later there would be a segment to be taken back.
+  // Now, because they may fail: later there would be a segment to be taken back.
   (void)this_process();
+  (void)this_boot();
   const auto now = std::chrono::steady_clock::now();
   constexpr auto end_of_time = std::chrono::steady_clock::time_point::max();
   const auto deadline = options.patience < end_of_time - now ? now + options.patience : end_of_time;
@@ -971,18 +972,28 @@ channel_state judge(const memory_name& name, const segment_look& look) {
   return state;
 }
 
+/// What was handed over has no name by which it could be found, and nobody has to remove it.
+void refuse_handed_over(const memory_name& name) {
+  if (name.scheme != memory_scheme::handed_over) return;
+  fail(errc::unknown_scheme, name.text() +
+                                 ": expected a channel with a name of its own, found one that is handed over at "
+                                 "a socket, and that goes with its ends");
+}
+
 }  // namespace
 
 channel_state inspect(std::string_view name) {
   const memory_name parsed = parse_memory_name(name);
+  refuse_handed_over(parsed);
   return judge(parsed, look_at_segment(parsed, sizeof(segment_header)));
 }
 
 std::vector<channel_state> list_channels() {
   std::vector<channel_state> found;
-  for (auto& [name, size] : named_files()) {
+  for (auto& [name, size, link] : named_files()) {
     try {
-      found.push_back(judge(name, look_at_segment(name, sizeof(segment_header))));
+      found.push_back(judge(name, link.empty() ? look_at_segment(name, sizeof(segment_header))
+                                               : look_at_handed_over(name, link, sizeof(segment_header))));
     } catch (const std::system_error& error) {
       if (error.code() == errc::no_permission) {
         if (size < sizeof(segment_header)) continue;  // a semaphore, for instance
@@ -1000,6 +1011,7 @@ std::vector<channel_state> list_channels() {
 
 void remove_channel(std::string_view name, removal which) {
   const memory_name parsed = parse_memory_name(name);
+  refuse_handed_over(parsed);
   const std::string channel = parsed.text();
   const auto refuse_unless_removable = [&](const segment_look& look) {
     const channel_state state = judge(parsed, look);

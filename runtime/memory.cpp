@@ -1024,10 +1024,15 @@ bool file_locks::inhabited_by_other() const noexcept {
   return ::fcntl(descriptor(), F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
 }
 
-boot_identity this_boot() noexcept {
+boot_identity this_boot() {
   static const boot_identity known = [] {
     boot_identity read;
-    const int file = ::open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+    constexpr const char* path = "/proc/sys/kernel/random/boot_id";
+    const int file = ::open(path, O_RDONLY | O_CLOEXEC);
+    // Only what stays as it is may be remembered: who once took this boot for another would be let in nowhere any more.
+    if (file < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOMEM)) {
+      fail_errno(errno, std::string{"which boot this is: opening "} + path);
+    }
     if (file < 0) return read;
     std::array<char, 36> text{};  // 32 digits and four dashes
     const ::ssize_t got = ::read(file, text.data(), text.size());
@@ -1187,7 +1192,8 @@ std::string current_path(const std::filesystem::path& link, const std::filesyste
   return {};
 }
 
-/// Whether anybody holds a lock as our ends do on a file outside of /dev/shm: one look, where the next one below is at
+/// Whether anybody holds a lock as our ends do on a file outside of /dev/shm, or on memory without a
+/// name: one look, where the next one below is at
 /// every descriptor of every process.
 bool has_locks_elsewhere() {
   struct ::stat directory{};
@@ -1205,12 +1211,20 @@ bool has_locks_elsewhere() {
   return false;
 }
 
-/// The files outside of /dev/shm on which somebody holds locks as our ends do: those that live in `file:` channels are
-/// among them. Of processes that this user may not look into, nothing is known.
-std::set<std::string> locked_files() {
-  namespace fs = std::filesystem;
+/// What processes show that live in segments without a place of their own in the list.
+struct shown_by_processes {
+  /// The files outside of /dev/shm on which somebody holds locks as our ends do: those that live in `file:` channels are
+  /// among them.
   std::set<std::string> paths;
-  if (!has_locks_elsewhere()) return paths;
+  /// By name, because both ends show them, where /proc has what was handed over.
+  std::map<std::string, std::string> handed_over;
+};
+
+/// Of processes that this user may not look into, nothing is known.
+shown_by_processes look_into_processes() {
+  namespace fs = std::filesystem;
+  shown_by_processes found;
+  if (!has_locks_elsewhere()) return found;
   std::error_code over;  // whatever ends while we look
   for (fs::directory_iterator process{"/proc", over}, end; !over && process != end; process.increment(over)) {
     if (process->path().filename().native().find_first_not_of("0123456789") != std::string::npos) continue;
@@ -1219,16 +1233,20 @@ std::set<std::string> locked_files() {
       std::error_code gone;
       const std::string path = fs::read_symlink(file->path(), gone).native();
       if (gone || !path.starts_with('/') || path.starts_with(shm_directory)) continue;
+      if (const auto name = name_of_handed_over(path, file->path().c_str())) {
+        found.handed_over.try_emplace(name->name, file->path().native());
+        continue;
+      }
       std::ifstream facts{process->path() / "fdinfo" / file->path().filename()};
       bool locks = false;
       for (std::string fact; !locks && std::getline(facts, fact);) {
         locks = fact.starts_with("lock:") && fact.find(" OFDLCK ") != std::string::npos;
       }
-      if (locks) paths.insert(current_path(file->path(), path));
+      if (locks) found.paths.insert(current_path(file->path(), path));
     }
   }
-  paths.erase(std::string{});
-  return paths;
+  found.paths.erase(std::string{});
+  return found;
 }
 
 }  // namespace
@@ -1262,7 +1280,9 @@ std::vector<named_file> named_files() {
         files, [&](const named_file& file) { return file.name.scheme == name.scheme && file.name.name == name.name; });
     if (!known) files.push_back({name, 0});
   }
-  for (const std::string& path : locked_files()) {
+  const shown_by_processes shown = look_into_processes();
+  for (const auto& [name, link] : shown.handed_over) files.push_back({{memory_scheme::handed_over, name}, 0, link});
+  for (const std::string& path : shown.paths) {
     struct ::stat file{};
     if (::lstat(path.c_str(), &file) == 0 && S_ISREG(file.st_mode)) {
       files.push_back({{memory_scheme::file, path}, static_cast<std::uint64_t>(file.st_size)});

@@ -13,6 +13,7 @@ module;
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <utility>
 #include <vector>
@@ -144,6 +145,34 @@ segment enter_sealed_segment(const memory_name& name, int handed_over, std::size
   entered.map.furnish(wishes, what);
   entered.locks = locks_on(handed_over, what);
   return entered;
+}
+
+std::optional<memory_name> name_of_handed_over(std::string_view shown, const char* link) {
+  constexpr std::string_view before = "/memfd:strait:";
+  constexpr std::string_view behind = " (deleted)";  // so says /proc of everything that has no name
+  struct ::stat facts{};
+  if (!shown.starts_with(before) || !shown.ends_with(behind) || ::stat(link, &facts) != 0) return std::nullopt;
+  shown = shown.substr(before.size(), shown.size() - before.size() - behind.size());
+  return memory_name{memory_scheme::handed_over, std::string{shown} + '#' + std::to_string(facts.st_ino)};
+}
+
+segment_look look_at_handed_over(const memory_name& name, const std::string& link, std::size_t header_bytes) {
+  segment_look look;
+  look.locks = file_locks{link.c_str(), O_RDONLY | O_CLOEXEC, 0};
+  const int memory = look.locks.descriptor();
+  struct ::stat facts{};
+  if (memory < 0 || ::fstat(memory, &facts) != 0) fail_errno(errno, name.text() + ": opening " + link);
+  // The number may be another file's by now, and a file of such a path has no seals.
+  if (::fcntl(memory, F_GET_SEALS) < 0 || !name.name.ends_with('#' + std::to_string(facts.st_ino))) {
+    fail(errc::foreign_segment,
+         name.text() + ": expected the memory of a channel at " + link + ", found something else");
+  }
+  look.size = static_cast<std::uint64_t>(facts.st_size);
+  look.header.resize(header_bytes);
+  const ::ssize_t got = ::pread(memory, look.header.data(), header_bytes, 0);
+  if (got < 0) fail_errno(errno, name.text() + ": reading the header of the memory at " + link);
+  look.header.resize(static_cast<std::size_t>(got));
+  return look;
 }
 
 }  // namespace strait

@@ -1589,6 +1589,35 @@ TEST_CASE("a survivor without descriptors is told of a death") {
   }
 }
 
+TEST_CASE("who replaces a receiver that had taken all, from a sender that has closed, waits for the next sender") {
+  const std::string name = fresh_name();
+  order deed = order_for(name, strait::role::receiver);
+  deed.finale = finale::idle;
+  auto tx = strait::open_sender<small_message>(name, {.capacity = 64});
+  child first{deed};
+  check_opened(first);
+  for (std::uint64_t i = 0; i < 5; ++i) tx.blocking_send(make<small_message>(key_of(1, i)));
+  {
+    const glass seen{name};
+    REQUIRE(within(patience, [&] { return first.book().done == 5 && seen.in_lane() == 0; }));
+  }
+  tx.close();
+  REQUIRE(within(patience, [&] { return first.book().closed != 0; }));
+  first.kill_now();
+  CHECK(first.reap() == SIGKILL);
+  REQUIRE(exists(name));
+  auto rx = strait::open_receiver<small_message>(name);
+  CHECK_FALSE(rx.is_closed());
+  std::error_code error;
+  CHECK_FALSE(rx.blocking_recv_until(std::chrono::steady_clock::now() + 1ms, error));
+  CHECK(error == std::errc::timed_out);
+  auto next = strait::open_sender<small_message>(name);
+  next.blocking_send(make<small_message>(key_of(2, 0)));
+  const auto got = rx.blocking_recv();
+  REQUIRE(got);
+  CHECK(got->key == key_of(2, 0));
+}
+
 TEST_CASE("who is told of a death by one channel and closes the others leaves no name of them") {
   for (int i = 0; i < 4 * rounds_factor; ++i) {
     CAPTURE(i);

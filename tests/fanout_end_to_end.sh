@@ -3,12 +3,12 @@
 # usage: fanout_end_to_end.sh FEED SUBSCRIBER
 set -u
 
+# shellcheck source=tests/end_to_end.sh
+. "$(dirname "$0")/end_to_end.sh"
+
 feed=$1
 subscriber=$2
-scratch=$(mktemp -d)
 name=unix:$scratch/prices.sock
-patience=30  # seconds for anything to happen: only a broken program makes us wait that long
-failures=0
 all=()
 
 trap cleanup EXIT
@@ -16,29 +16,6 @@ cleanup() {
   for id in "${all[@]}"; do kill -9 "$id" 2>/dev/null; done
   rm -rf "$scratch"
 }
-
-fail() {
-  printf 'FAILED: %s\n' "$*"
-  failures=$((failures + 1))
-}
-
-give_up() {
-  fail "$@"
-  tail -n 20 "$scratch"/*.err "$scratch"/*.out 2>/dev/null
-  exit 1
-}
-
-eventually() {  # COMMAND...: until it succeeds
-  local end=$((SECONDS + patience))
-  until "$@"; do
-    [ $SECONDS -lt $end ] || return 1
-    sleep 0.01
-  done
-}
-
-step() { printf '%s\n' "-- $*"; }
-
-is_over() { ! grep -q '^State:[[:space:]]*[^Z[:space:]]' "/proc/$1/status" 2>/dev/null; }
 
 start_feed() {  # ARGUMENTS...: its process is $run
   "$feed" "$name" "$@" 2>"$scratch/feed.err" &
@@ -63,7 +40,7 @@ ends() {  # PROCESS STATUS WHO
 }
 
 said() { grep -q "$2" "$scratch/$1"; }  # FILE TEXT
-expect() { said "$1" "$2" || fail "$1: expected '$2', found: $(cat "$scratch/$1")"; }
+expect_said() { said "$1" "$2" || fail "$1: expected '$2', found: $(cat "$scratch/$1")"; }
 field() { sed -n "s/.*$2 \([0-9]*\).*/\1/p" "$scratch/$1.out" | tail -n 1; }  # WHO WORD
 
 step "everybody gets everything that he asked for, in order"
@@ -73,9 +50,9 @@ start some --symbols 3 6; b=$last
 start none --symbols 99 12; c=$last
 ends "$run" 0 feed
 for id in $a $b $c; do ends "$id" 0 "a subscriber"; done
-expect all.out 'the feed ended: got 20000, missed 0, from 0 to 19999'
-expect some.out 'the feed ended: got 5000, missed 0, from 3 to 19990'
-expect none.out 'got 0, missed 0'
+expect_said all.out 'the feed ended: got 20000, missed 0, from 0 to 19999'
+expect_said some.out 'the feed ended: got 5000, missed 0, from 3 to 19990'
+expect_said none.out 'got 0, missed 0'
 [ -z "$(ls "$scratch" | grep sock)" ] || fail "the socket is left"
 
 step "one that is slow, one that is stopped and one that is killed hold nobody up; one that is late gets the rest"
@@ -100,13 +77,13 @@ sleep 1.3  # longer than its lane lasts
 kill -CONT "$stopped"
 ends "$run" 0 feed
 for id in $fast $late $stopped; do ends "$id" 0 "a subscriber"; done
-expect fast.out 'the feed ended: got 60000, missed 0, from 0 to 59999'
-expect late.out 'the feed ended'
-expect late.out 'missed 0,'
-expect late.out 'to 59999'
+expect_said fast.out 'the feed ended: got 60000, missed 0, from 0 to 59999'
+expect_said late.out 'the feed ended'
+expect_said late.out 'missed 0,'
+expect_said late.out 'to 59999'
 [ "$(field late from)" -gt 0 ] || fail "the late one got what came before it"
 [ "$(field late got)" -eq $((60000 - $(field late from))) ] || fail "the late one has gaps"
-expect stopped.out 'to 59999'
+expect_said stopped.out 'to 59999'
 [ "$(field stopped missed)" -gt 0 ] || fail "the stopped one missed nothing"
 [ $(($(field stopped got) + $(field stopped missed))) -eq 60000 ] || fail "the stopped one was not told all that it missed"
 missed=$(sed -n "s/^feed: subscriber $(number_of "$slow") stays, having missed //p" "$scratch/feed.err")
@@ -124,23 +101,20 @@ sleep 0.2  # some way into the stream
 kill -9 "$run"
 wait "$run" 2>/dev/null
 ends "$once" 2 once
-expect once.out 'the feed died: got'
+expect_said once.out 'the feed died: got'
 [ -S "$scratch/prices.sock" ] || fail "a killed feed cannot have removed its socket"
 start_feed --count 1000 --rate 50000 --subscribers 1
 ends "$run" 0 "the second feed"
 ends "$again" 0 again
-expect again.out 'the feed died: got'
-expect again.out 'the feed ended: got 1000, missed 0, from 0 to 999'
+expect_said again.out 'the feed died: got'
+expect_said again.out 'the feed ended: got 1000, missed 0, from 0 to 999'
 [ -z "$(ls "$scratch" | grep sock)" ] || fail "the socket is left"
 
 step "a second feed is refused, and says why"
 start_feed --subscribers 1
 "$feed" "$name" 2>"$scratch/second.err" && fail "two feeds at one socket"
-expect second.err "expected no living listener, found one in process $run"
+expect_said second.err "expected no living listener, found one in process $run"
 kill -TERM "$run"
 ends "$run" 0 "a feed that was told to end"
 
-if [ $failures -ne 0 ]; then
-  tail -n 20 "$scratch"/*.err
-  exit 1
-fi
+all_was_well

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The tool strait as its users meet it: channels of two processes, which are then killed; strange names; misuse.
-# usage: strait_tool.sh STRAIT PEER    the tool, and tests/tool_peer.cpp
+# usage: strait_tool.sh STRAIT PEER [DEMO]    the tool, tests/tool_peer.cpp, and the demo
 #
-# `rm --stale` clears the whole machine, so this runs where /dev/shm and System V memory are its own: in namespaces.
+# `rm --stale` clears the whole machine, and `ls` looks into every process, so this runs where /dev/shm, System V memory and
+# the processes are its own: in namespaces.
 set -u
 
 if [ "${STRAIT_TOOL_OWN_SHM:-}" != 1 ]; then
   command -v jq >/dev/null || { echo 'jq is not installed (apt install jq)'; exit 77; }
-  own=(unshare -mi)
-  "${own[@]}" mount -t tmpfs none /dev/shm 2>/dev/null || own=(unshare -Urmi)
+  own=(unshare -mipf --mount-proc --kill-child)
+  "${own[@]}" mount -t tmpfs none /dev/shm 2>/dev/null || own=(unshare -Urmipf --mount-proc --kill-child)
   "${own[@]}" mount -t tmpfs none /dev/shm 2>/dev/null || { echo 'no mount namespace can be had'; exit 77; }
   # shellcheck disable=SC2016
   STRAIT_TOOL_OWN_SHM=1 exec "${own[@]}" bash -c 'mount -t tmpfs none /dev/shm && exec "$@"' sh "$0" "$@"
@@ -18,6 +19,7 @@ fi
 . "$(dirname "$0")/end_to_end.sh"
 strait=$1
 peer=$2
+demo=${3:-}
 pids=()
 
 trap cleanup EXIT
@@ -158,6 +160,29 @@ run 0 rm --stale
 expect 'rm --stale' 'removed sysv:torn' "$out"
 [ -z "$(ls -A /dev/shm)" ] || fail "left in /dev/shm: $(ls -A /dev/shm)"
 
+if [ -n "$demo" ]; then
+  step 'the demo is killed'
+  "$demo" --rounds 1000 --subject strait >"$scratch/demo" 2>&1 &
+  pids+=($!)
+  both_ends_live() {
+    "$strait" ls --json >"$scratch/out" && [ "$(query 'any(.[]; .state == "live" and all(.ends[]; .alive))')" == true ]
+  }
+  eventually both_ends_live || { cat "$scratch/demo"; fail 'ls does not show the channels of the demo'; }
+  mapfile -t both < <(query '[.[].ends[] | select(.alive).pid] | unique[]')
+  expect 'the processes of the demo' 2 "${#both[@]}"
+  kill -9 "${both[@]}"
+  gone "${both[@]}"
+  run 0 ls --json
+  expect 'the demo, killed' 'stale' "$(query '[.[].state] | unique | join(" ")')"
+  expect 'its ends' 'false' "$(query '[.[].ends[].alive] | unique | join(" ")')"
+  mapfile -t stale < <(query '.[] | "\(.scheme):\(.name)"')
+  run 0 rm --stale
+  expect 'rm --stale after the demo' "$(printf 'removed %s\n' "${stale[@]}")" "$out"
+  run 0 ls --json
+  expect 'removed' 0 "$(query length)"
+  [ -z "$(ls -A /dev/shm)" ] || fail "the demo left in /dev/shm: $(ls -A /dev/shm)"
+fi
+
 step 'a strange name'
 strange=$'\e[31mred "\\\n\xff\u202e'
 enter receiver "posix:$strange"
@@ -205,5 +230,24 @@ if [ -e /dev/full ]; then
   "$strait" ls >/dev/full 2>"$scratch/err" || status=$?
   expect 'the status where nothing can be written' 1 "$status"
 fi
+
+step 'the lanes of a socket'
+enter listener "unix:$scratch/door"
+listener=$entered
+enter client "unix:$scratch/door"
+client=$entered
+run 0 ls --json
+lanes='[.[] | select(.scheme == "unix")]'
+expect 'two lanes' 2 "$(query "$lanes | length")"
+expect_match 'their names' "$scratch/door#*" "$(query "$lanes[0].name")"
+expect 'they live' 'live live' "$(query "$lanes | map(.state) | join(\" \")")"
+expect 'the ends of both' "$(printf '%s\n' "$listener" "$listener" "$client" "$client" | sort)" \
+  "$(query "$lanes[].ends[].pid" | sort)"
+run 1 stat "unix:$scratch/door"
+expect_match 'what has no name' '*expected a channel with a name of its own*' "$err"
+kill -9 "$listener" "$client"
+gone "$listener" "$client"
+run 0 ls --json
+expect 'nothing of them is left' 0 "$(query "$lanes | length")"
 
 all_was_well

@@ -1,5 +1,5 @@
 /// One end of a channel, for tests/strait_tool.sh to look at: says `in` when it has entered, and then sends or receives
-/// a message about every millisecond until it is killed. usage: test-tool-peer sender|receiver NAME
+/// a message about every millisecond until it is killed. usage: test-tool-peer sender|receiver|listener|client NAME
 #include <sys/prctl.h>
 
 #include <chrono>
@@ -36,6 +36,21 @@ int main(int argc, char** argv) {
       tx.blocking_send({.number = i, .padding = {}});
       std::this_thread::sleep_for(std::chrono::milliseconds{1});  // the rate, nothing else
     }
+  }
+  if (std::string_view{argv[1]} == "listener") {
+    strait::listener<Reading, Reading> door{argv[2]};
+    say_in();
+    auto peer = door.blocking_accept();
+    while (peer.blocking_recv()) {
+    }
+    return 0;
+  }
+  if (std::string_view{argv[1]} == "client") {
+    auto link = strait::blocking_connect<Reading, Reading>(argv[2]);
+    say_in();
+    while (link.blocking_recv()) {
+    }
+    return 0;
   }
   auto rx = strait::open_receiver<Reading>(argv[2], {.capacity = 64});
   say_in();

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <exception>
 #include <filesystem>
 #include <optional>
@@ -10,6 +11,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <thread>
 #include <vector>
 
 #include <fmt/format.h>
@@ -197,8 +199,29 @@ strait::task<> consumers_work(end& self, strait::receiver<M> there, strait::send
                                     : receive_each<M>(self, std::move(there));
 }
 
+/// Both lanes of a pair: the consumer listens, and the producer waits until it does. An abstract name, which nobody has to
+/// remove.
+template <class M>
+strait::task<> work_over_a_socket(end& self) {
+  const std::string name = "unix:@" + bare_name(self.nonce(), "door");
+  const strait::channel_options options = options_for(self);
+  if (!self.producing()) {
+    strait::listener<M, M> door{name, {.lanes = options}};
+    auto peer = door.blocking_accept();
+    return consumers_work<M>(self, std::move(peer.in), std::move(peer.out));
+  }
+  for (;;) {
+    std::error_code error;
+    auto link = strait::blocking_connect<M, M>(name, error, {.lanes = options});
+    if (!error) return producers_work<M>(self, std::move(link.out), std::move(link.in));
+    if (error != std::errc::connection_refused) throw std::system_error{error, name};
+    std::this_thread::sleep_for(std::chrono::milliseconds{1});
+  }
+}
+
 template <class M>
 strait::task<> work_of(end& self) {
+  if (self.memory() == memory::handed_over) return work_over_a_socket<M>(self);
   const strait::channel_options options = options_for(self);
   const std::string there = channel_name(self, "there");
   const std::string back = channel_name(self, "back");
