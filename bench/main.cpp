@@ -31,7 +31,7 @@ constexpr std::string_view usage =
                    [--subject PREFIX]
 
 Two processes exchange messages through a strait channel, and through what one would use instead, and check each
-message. Takes a minute or two.
+message. Takes about a minute.
 
   --json FILE       write every row of the table to FILE as well, as a JSON array
   --rounds N        interleaved rounds for each subject (default 9; figures that are to be published need at least 9)

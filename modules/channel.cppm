@@ -644,7 +644,8 @@ class sender {
 
   /// What was sent is still delivered; then the receiver sees the end. Idempotent.
   ///
-  /// Waits: for a named channel at most a second, while another end enters or leaves. Cancel safety: cannot be cancelled.
+  /// Waits: for a named channel at most a second while another end enters or leaves, and another one for the kernel to drop
+  /// the locks of a peer that is known to have died. Cancel safety: cannot be cancelled.
   /// Allocates: for a named channel its path. Errors: none. Complexity: constant; some system calls for a named channel.
   void close() noexcept { *this = sender{}; }
   /// Whether the receiver, or this end, closed.
@@ -1022,7 +1023,8 @@ class receiver {
   /// Senders that wait for room are told at once. Messages not taken are lost, unless another receiver enters.
   /// Idempotent.
   ///
-  /// Waits: for a named channel at most a second, while another end enters or leaves. Cancel safety: cannot be cancelled.
+  /// Waits: for a named channel at most a second while another end enters or leaves, and another one for the kernel to drop
+  /// the locks of a peer that is known to have died. Cancel safety: cannot be cancelled.
   /// Allocates: for a named channel its path. Errors: none. Complexity: constant, and some system calls for a named channel;
   /// linear in messages that need a destructor.
   void close() noexcept {

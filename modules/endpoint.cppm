@@ -241,6 +241,8 @@ struct explanation {
   bell_kind bell = bell_kind::none;
 
   /// All of it for people, with what it costs: some lines, each ended by a newline.
+  ///
+  /// Waits: never. Allocates: the text. Errors: `std::bad_alloc`. Complexity: linear in the text.
   [[nodiscard]] std::string text() const;
 };
 

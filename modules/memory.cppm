@@ -154,7 +154,7 @@ class mapping {
   ///
   /// Waits: never. Allocates: `bytes` of pages, rounded up to whole ones: of huge ones where they were asked for.
   /// Errors: `no_space`; EINVAL for a node that does not exist or may not be used; what `furnish` throws; or the errno
-  /// of mmap and mbind.
+  /// of mmap and mbind. Complexity: linear in the pages.
   [[nodiscard]] static mapping anonymous(std::size_t bytes, const page_wishes& wishes);
   /// The first `bytes` of a file, shared and writable; its pages are yet to be furnished. The mapping keeps nothing of the
   /// caller's open file description, so that locks on that end when its descriptor is closed.
@@ -289,8 +289,9 @@ struct boot_identity {
 
 /// This boot, as /proc/sys/kernel/random/boot_id tells it: the same in every container of the machine.
 ///
-/// Waits: never. Allocates: never. Errors: none. Complexity: three system calls, once.
-[[nodiscard]] boot_identity this_boot() noexcept;
+/// Waits: never. Allocates: never. Errors: EMFILE, ENFILE or ENOMEM when there is no descriptor to read it with; the next
+/// call tries again. Complexity: three system calls, once.
+[[nodiscard]] boot_identity this_boot();
 
 /// Counts the forks that led to this process; an end that was opened under another count belongs to a parent.
 [[nodiscard]] std::uint32_t fork_generation() noexcept;

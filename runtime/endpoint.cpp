@@ -157,7 +157,7 @@ bool words_are_sound(const segment_header& header, bool inhabited) noexcept {
              header.capacity;
 }
 
-bool of_this_boot(const end_entry& entry) noexcept {
+bool of_this_boot(const end_entry& entry) {
   const boot_identity boot = this_boot();
   // relaxed: entering and examining are ordered by the gate.
   return entry.boot_high.load(std::memory_order_relaxed) == boot.high &&
@@ -336,8 +336,9 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     return verdict::enter;
   };
 
-  // Now, because it may fail: later there would be a segment to be taken back.
+  // Now, because they may fail: later there would be a segment to be taken back.
   (void)this_process();
+  (void)this_boot();
   const auto now = std::chrono::steady_clock::now();
   constexpr auto end_of_time = std::chrono::steady_clock::time_point::max();
   const auto deadline = options.patience < end_of_time - now ? now + options.patience : end_of_time;

@@ -162,8 +162,8 @@ class switchboard {
     }
     if (found->second.eventfd) {
       const std::uint64_t one = 1;
-      // EAGAIN: the counter is full, so the bell is readable as it should be. It may also block for ever if a peer
-      // cleared O_NONBLOCK, which only a full counter (2^64 - 2 rings unread) could bring about.
+      // EAGAIN: the counter is full, so the bell is readable as it should be. It would block only for a peer that fills
+      // it and clears O_NONBLOCK after it came here, which takes malice.
       [[maybe_unused]] const auto put = ::write(found->second.eventfd.get(), &one, sizeof one);
     } else {
       send_note(found->second.connection, number, -1);
@@ -199,7 +199,8 @@ class switchboard {
   }
 
   void remember_death(process_identity process) noexcept {
-    if (is_remembered_dead(process)) return;
+    // This process lives, whatever rubbish in a segment says: else each close beside an end of our own would wait.
+    if (process == identity_ || is_remembered_dead(process)) return;
     dead_[next_dead_] = process;
     next_dead_ = (next_dead_ + 1) % dead_.size();
   }
@@ -353,6 +354,8 @@ class switchboard {
         continue;
       }
       if (arrived && !is_eventfd(arrived.get())) continue;
+      // Its owner has made it so; if not, a full counter would have the ringer wait for him.
+      if (arrived) ::fcntl(arrived.get(), F_SETFL, O_NONBLOCK);
       bells_.insert_or_assign({text.from, text.doorbell_number}, bell{std::move(arrived), connection});
     }
   }

@@ -82,6 +82,7 @@ constexpr std::uint64_t of_the_living = 2;
 /// How many the living exchange: several times around the ring.
 constexpr std::uint64_t exchanged = 40;
 constexpr std::size_t small_ring = 8;
+constexpr std::uint64_t no_bound = ~std::uint64_t{0};
 
 constexpr message make(std::uint64_t stream, std::uint64_t sequence) {
   const std::uint64_t key = stream << 32U | sequence;
@@ -90,12 +91,14 @@ constexpr message make(std::uint64_t stream, std::uint64_t sequence) {
 
 // ---- what a kill is about ---------------------------------------------------------------------------------------------
 
-enum class memory { posix, file, makeshift_file };
-constexpr std::array memories{memory::posix, memory::file, memory::makeshift_file};
+enum class memory { posix, system_v, file, makeshift_file };
+constexpr std::array memories{memory::posix, memory::system_v, memory::file, memory::makeshift_file};
 constexpr std::string_view text_of(memory where) {
   switch (where) {
     case memory::posix:
       return "posix";
+    case memory::system_v:
+      return "sysv";
     case memory::file:
       return "file";
     case memory::makeshift_file:
@@ -105,11 +108,18 @@ constexpr std::string_view text_of(memory where) {
 }
 const std::string directory = "/dev/shm/files";
 std::string name_in(memory where) {
-  return where == memory::posix ? "posix:kills" : "file:" + directory + "/ring";
+  switch (where) {
+    case memory::posix:
+      return "posix:kills";
+    case memory::system_v:
+      return "sysv:kills";
+    default:
+      return "file:" + directory + "/ring";
+  }
 }
 /// Whether the last end leaves the name to `strait rm`.
 bool outlives_its_ends(memory where) {
-  return where != memory::posix;
+  return strait::parse_memory_name(name_in(where)).outlives_its_ends();
 }
 
 /// What the victim is doing when it is killed.
@@ -575,12 +585,15 @@ struct call {
         STRAIT_CALL(statfs),
         STRAIT_CALL(fstatfs),
         STRAIT_CALL(getdents64),
+        STRAIT_CALL(flock),
+        STRAIT_CALL(fchmodat),
         STRAIT_CALL(clock_nanosleep),
 #ifdef SYS_open  // calls that 64-bit x86 has and younger architectures do not
         STRAIT_CALL(link),
         STRAIT_CALL(unlink),
         STRAIT_CALL(poll),
         STRAIT_CALL(stat),
+        STRAIT_CALL(chmod),
         STRAIT_CALL(lstat),
         STRAIT_CALL(readlink),
 #endif
@@ -686,7 +699,9 @@ std::string left_in_the_kernel() {
   std::snprintf(device.data(), device.size(), " %02x:%02x:", major(file.st_dev), minor(file.st_dev));
   std::string left;
   for (const auto& lock : lines_with("/proc/locks", device.data())) left += "lock " + lock + "; ";
-  for (const auto& socket : lines_with("/proc/self/net/unix", "@strait")) left += "socket " + socket + "; ";
+  for (const std::string_view name : {std::string_view{"@strait"}, std::string_view{directory}}) {
+    for (const auto& socket : lines_with("/proc/self/net/unix", name)) left += "socket " + socket + "; ";
+  }
   return left;
 }
 
@@ -755,8 +770,10 @@ void see_that_it_works(memory where, std::optional<std::pair<role, ::pid_t>> sur
     wait_until([&] { return book_of(who).in != 0 || book_of(who).failed != 0; }, "the next comer's coming in");
     complain();
   }
-  for (const ::pid_t one : living) (void)reap(one);
-  complain();
+  for (const ::pid_t one : living) {
+    (void)reap(one);
+    complain();  // the others may wait for it
+  }
   if (outlives_its_ends(where)) {
     // The file is the user's, and there is nothing beside it.
     if (left_in_memory() != name_in(where).substr(5) + "; ") throw std::runtime_error{"left: " + left_in_memory()};
@@ -932,6 +949,190 @@ std::size_t kill_loopers(memory where, next_comer first) {
   return loopers.size();
 }
 
+// ---- memory that is handed over at a socket -----------------------------------------------------------------------------
+
+enum class door_step { listen, stop_listening, connect, hang_up_as_client, hang_up_as_server };
+constexpr std::array door_steps{
+    std::pair{door_step::listen, std::string_view{"listen"}},
+    std::pair{door_step::stop_listening, std::string_view{"stop listening"}},
+    std::pair{door_step::connect, std::string_view{"connect"}},
+    std::pair{door_step::hang_up_as_client, std::string_view{"hang up, client"}},
+    std::pair{door_step::hang_up_as_server, std::string_view{"hang up, server"}},
+};
+const std::string door_name = "unix:" + directory + "/door";
+const strait::channel_options door_lanes{.wait = strait::wait_policy::park};
+constexpr std::uint64_t before_the_kill = 3;
+
+using door = strait::listener<message, message>;
+using link = strait::duplex<message, message>;
+
+door open_door() {
+  strait::listener_options options{.lanes = door_lanes};
+  options.lanes.capacity = small_ring;
+  return door{door_name, options};
+}
+
+/// What ends a session; anything else is thrown.
+bool ended(account& mine, const std::error_code& error) {
+  if (!error) return false;
+  if (error == strait::errc::peer_died) {
+    ++mine.deaths;
+  } else if (error != strait::errc::closed) {
+    throw std::system_error{error, "at the door"};
+  }
+  return true;
+}
+
+/// Sends back what comes, in order and whole, at most so many. Returns how many came.
+std::uint64_t serve(account& mine, link& peer, std::uint64_t most) {
+  std::uint64_t count = 0;
+  std::error_code error;
+  while (count < most) {
+    const std::optional<message> got = peer.in.blocking_recv(error);
+    if (ended(mine, error) || !got) break;
+    const std::uint64_t stream = got->key >> 32U;
+    if (got->mix != make(stream, count).mix) throw std::runtime_error{"torn, or out of order"};
+    ++count;
+    peer.out.blocking_send(*got, error);
+    if (ended(mine, error)) break;
+  }
+  return count;
+}
+
+/// Asks so often, and checks the answers. False: the server went.
+bool ask(account& mine, link& server, std::uint64_t stream, std::uint64_t count) {
+  std::error_code error;
+  for (std::uint64_t i = 0; i < count; ++i) {
+    server.out.blocking_send(make(stream, i), error);
+    if (ended(mine, error)) return false;
+    const std::optional<message> got = server.in.blocking_recv(error);
+    if (ended(mine, error) || !got) return false;
+    if (got->key != make(stream, i).key || got->mix != make(stream, i).mix) throw std::runtime_error{"a wrong answer"};
+  }
+  return true;
+}
+
+/// Serves until one has asked all that the living ask.
+void play_server() {
+  account& mine = everybody->receiver;
+  door here = open_door();
+  mine.in = 1;
+  for (;;) {
+    link peer = here.blocking_accept();
+    if (serve(mine, peer, no_bound) == exchanged) return;
+  }
+}
+
+/// Asks all that the living ask, of one server.
+void play_client() {
+  account& mine = everybody->sender;
+  const auto end = std::chrono::steady_clock::now() + patience;
+  for (;;) {
+    try {
+      link server = strait::blocking_connect<message, message>(door_name, {.lanes = door_lanes});
+      mine.in = 1;
+      if (ask(mine, server, of_the_living, exchanged)) return;
+    } catch (const std::system_error& error) {
+      // Nobody there yet, or he went while we came in.
+      const bool later = error.code() == std::errc::connection_refused ||
+                         error.code() == std::errc::no_such_file_or_directory ||
+                         error.code() == std::errc::connection_reset || error.code() == std::errc::broken_pipe ||
+                         error.code() == strait::errc::peer_died || error.code() == strait::errc::closed;
+      if (!later || std::chrono::steady_clock::now() > end) throw;
+      std::this_thread::sleep_for(100us);  // between two attempts
+    }
+  }
+}
+
+void play_at_the_door(door_step step) {
+  switch (step) {
+    case door_step::listen: {
+      say(phase_begins);
+      (void)new door{open_door()};
+      say(phase_ends);
+      return;
+    }
+    case door_step::stop_listening: {
+      auto& here = *new door{open_door()};
+      say(phase_begins);
+      here.close();
+      say(phase_ends);
+      return;
+    }
+    case door_step::connect:
+      say(phase_begins);
+      (void)new link{strait::blocking_connect<message, message>(door_name, {.lanes = door_lanes})};
+      say(phase_ends);
+      return;
+    case door_step::hang_up_as_client: {
+      auto& server = *new link{strait::blocking_connect<message, message>(door_name, {.lanes = door_lanes})};
+      if (!ask(everybody->victim, server, of_the_dead, before_the_kill)) throw std::runtime_error{"no server"};
+      say(phase_begins);
+      server.out.close();
+      server.in.close();
+      say(phase_ends);
+      return;
+    }
+    case door_step::hang_up_as_server: {
+      auto& here = *new door{open_door()};
+      everybody->victim.in = 1;
+      auto& peer = *new link{here.blocking_accept()};
+      if (serve(everybody->victim, peer, before_the_kill) != before_the_kill) throw std::runtime_error{"no client"};
+      say(phase_begins);
+      peer.out.close();
+      peer.in.close();
+      say(phase_ends);
+      return;
+    }
+  }
+}
+
+trace kill_at_the_door(door_step step, const place& where) {
+  start_afresh();
+  cleaner after;
+  board& all = *everybody;
+  std::vector<::pid_t> living;
+  const auto add = [&](account& book, void (*deed)()) {
+    living.push_back(spawn(memory::posix, book, deed));
+    after.add(living.back());
+  };
+  const bool server_survives = step == door_step::connect || step == door_step::hang_up_as_client;
+  if (server_survives) {
+    add(all.receiver, play_server);
+    wait_until([&] { return all.receiver.in != 0 || all.receiver.failed != 0; }, "the server");
+  }
+  const ::pid_t victim = spawn(memory::posix, all.victim, [&] {
+    ::ptrace(PTRACE_TRACEME, 0, nullptr, nullptr);
+    ::raise(SIGSTOP);
+    play_at_the_door(step);
+  });
+  after.add(victim);
+  // Before the victim runs: it tries until there is a server.
+  if (step == door_step::hang_up_as_server) add(all.sender, play_client);
+  trace seen;
+  try {
+    seen = kill_at(victim, where);
+  } catch (const std::exception&) {
+    complain();
+    throw;
+  }
+  (void)reap(victim);
+  complain();
+  // The client first: the server waits for it.
+  if (step != door_step::hang_up_as_server) add(all.sender, play_client);
+  std::ranges::reverse(living);
+  if (!server_survives) add(all.receiver, play_server);
+  for (const ::pid_t one : living) {
+    (void)reap(one);
+    complain();  // the others may wait for it
+  }
+  if (all.sender.deaths + all.receiver.deaths > 1) throw std::runtime_error{"one death was told twice"};
+  const std::string left = left_in_memory() + left_in_the_kernel();
+  if (!left.empty()) throw std::runtime_error{"left: " + left};
+  after.done();
+  return seen;
+}
+
 // ---- the campaign -----------------------------------------------------------------------------------------------------
 
 bool only_a_share = false;
@@ -966,16 +1167,17 @@ struct tally {
 };
 
 /// Kills at each call of the phase, before and after it, and prints what was hit.
-void kill_at_every_call(const scenario& what, tally& done) {
+/// `kill_once`: from the place and a number for each time, which chooses who comes next.
+template <class KillOnce>
+void kill_at_every_call(const std::string& what, tally& done, KillOnce&& kill_once) {
   std::uint64_t turn = 0;
-  const auto next = [&] { return turn++ % 2 == 0 ? next_comer::sender : next_comer::receiver; };
   // What calls there are; the victim is killed when it has made them all. What only one of two runs does depends on
   // others (a wait for a thread, memory for the allocator); it is hit where it happens.
   std::vector<call> calls;
   std::vector<call> again;
-  done.attempt(what.text() + ", at its end", [&] {
-    calls = kill_once(what, {}, next()).calls;
-    again = kill_once(what, {}, next_comer::strait_rm).calls;
+  done.attempt(what + ", at its end", [&] {
+    calls = kill_once(place{}, turn++).calls;
+    again = kill_once(place{}, turn++).calls;
     return 2;
   });
   CHECK(!calls.empty());
@@ -984,12 +1186,11 @@ void kill_at_every_call(const scenario& what, tally& done) {
   for (const call& one : calls) {
     std::array<int, 2> hit{};
     for (const bool after : {false, true}) {
-      const std::string text = what.text() + (after ? ", after " : ", before ") + one.text();
+      const std::string text = what + (after ? ", after " : ", before ") + one.text();
       for (int tries = 0; tries < 10 && hit[after ? 1 : 0] < 2; ++tries) {
         const int before = done.failures;
         done.attempt(text, [&] {
-          const next_comer first = hit[after ? 1 : 0] == 0 ? next() : next_comer::strait_rm;
-          const trace seen = kill_once(what, {.at = one, .ordinal = {}, .after = after}, first);
+          const trace seen = kill_once(place{.at = one, .ordinal = {}, .after = after}, turn++);
           if (!seen.over) ++hit[after ? 1 : 0];
           return 1;
         });
@@ -997,11 +1198,11 @@ void kill_at_every_call(const scenario& what, tally& done) {
       }
     }
     const bool always = std::ranges::find(again, one) != again.end();
-    CHECK_MESSAGE(std::min(hit[0], hit[1]) >= (always ? 1 : 0), what.text(), ": ", one.text(), " was not hit");
+    CHECK_MESSAGE(std::min(hit[0], hit[1]) >= (always ? 1 : 0), what, ": ", one.text(), " was not hit");
     table += (table.empty() ? "" : ", ") + one.text() + ' ' + std::to_string(hit[0]) + '+' + std::to_string(hit[1]);
     hits += static_cast<std::uint64_t>(hit[0] + hit[1]);
   }
-  std::printf("%s: %zu calls, killed before+after: %llu\n    %s\n", what.text().c_str(), calls.size(),
+  std::printf("%s: %zu calls, killed before+after: %llu\n    %s\n", what.c_str(), calls.size(),
               static_cast<unsigned long long>(hits), table.c_str());
   std::fflush(stdout);
 }
@@ -1017,7 +1218,13 @@ TEST_CASE("killed at every system call of creating, attaching, closing and clear
   const auto scenarios = all_scenarios();
   if (!only_a_share) {
     for (const scenario& what : scenarios) {
-      if (!done.too_many()) kill_at_every_call(what, done);
+      if (done.too_many()) break;
+      // Of each two kills before or after a call the second is followed by a removal.
+      kill_at_every_call(what.text(), done, [&](const place& where, std::uint64_t turn) {
+        constexpr std::array comers{next_comer::sender, next_comer::strait_rm, next_comer::receiver,
+                                    next_comer::strait_rm};
+        return kill_once(what, where, comers[turn % comers.size()]);
+      });
     }
   }
   const std::uint64_t at_calls = done.kills;
@@ -1052,6 +1259,30 @@ TEST_CASE("killed at every system call of creating, attaching, closing and clear
               std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count(),
               static_cast<unsigned long long>(at_calls), static_cast<unsigned long long>(at_places),
               static_cast<unsigned long long>(done.kills - at_calls - at_places));
+}
+
+TEST_CASE("killed while listening, connecting and hanging up") {
+  tally done;
+  for (const auto& [step, text] : door_steps) {
+    if (!only_a_share) {
+      kill_at_every_call(std::string{text}, done,
+                         [step = step](const place& where, std::uint64_t) { return kill_at_the_door(step, where); });
+    }
+    for (int i = 0; i < (only_a_share ? 8 : 100) && !done.too_many(); ++i) {
+      const place where{.at = {},
+                        .ordinal = chance_below(60),
+                        .after = i % 2 == 0,
+                        .instructions = i % 4 == 0 ? chance_below(2000) : 0};
+      done.attempt(std::string{text} + ", after call " + std::to_string(*where.ordinal + 1) + " and " +
+                       std::to_string(where.instructions) + " instructions",
+                   [&, step = step] {
+                     (void)kill_at_the_door(step, where);
+                     return 1;
+                   });
+    }
+  }
+  CHECK(done.failures == 0);
+  std::printf("kills: %llu at the door\n", static_cast<unsigned long long>(done.kills));
 }
 
 namespace {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tool strait as its users meet it: channels of two processes, which are then killed; strange names; misuse.
-# usage: strait_tool.sh STRAIT PEER    the tool, and tests/tool_peer.cpp
+# usage: strait_tool.sh STRAIT PEER [DEMO]    the tool, tests/tool_peer.cpp, and the demo
 #
 # `rm --stale` clears the whole machine, and `ls` looks into every process, so this runs where /dev/shm, System V memory and
 # the processes are its own: in namespaces.
@@ -19,6 +19,7 @@ fi
 . "$(dirname "$0")/end_to_end.sh"
 strait=$1
 peer=$2
+demo=${3:-}
 pids=()
 
 trap cleanup EXIT
@@ -158,6 +159,29 @@ expect 'a companion without segment' 'torn sysv unfinished' "$(query '.[] | "\(.
 run 0 rm --stale
 expect 'rm --stale' 'removed sysv:torn' "$out"
 [ -z "$(ls -A /dev/shm)" ] || fail "left in /dev/shm: $(ls -A /dev/shm)"
+
+if [ -n "$demo" ]; then
+  step 'the demo is killed'
+  "$demo" --rounds 1000 --subject strait >"$scratch/demo" 2>&1 &
+  pids+=($!)
+  both_ends_live() {
+    "$strait" ls --json >"$scratch/out" && [ "$(query 'any(.[]; .state == "live" and all(.ends[]; .alive))')" == true ]
+  }
+  eventually both_ends_live || { cat "$scratch/demo"; fail 'ls does not show the channels of the demo'; }
+  mapfile -t both < <(query '[.[].ends[] | select(.alive).pid] | unique[]')
+  expect 'the processes of the demo' 2 "${#both[@]}"
+  kill -9 "${both[@]}"
+  gone "${both[@]}"
+  run 0 ls --json
+  expect 'the demo, killed' 'stale' "$(query '[.[].state] | unique | join(" ")')"
+  expect 'its ends' 'false' "$(query '[.[].ends[].alive] | unique | join(" ")')"
+  mapfile -t stale < <(query '.[] | "\(.scheme):\(.name)"')
+  run 0 rm --stale
+  expect 'rm --stale after the demo' "$(printf 'removed %s\n' "${stale[@]}")" "$out"
+  run 0 ls --json
+  expect 'removed' 0 "$(query length)"
+  [ -z "$(ls -A /dev/shm)" ] || fail "the demo left in /dev/shm: $(ls -A /dev/shm)"
+fi
 
 step 'a strange name'
 strange=$'\e[31mred "\\\n\xff\u202e'

@@ -80,7 +80,7 @@ void run_beside_load(end& self) {
     const auto ended = [&](std::exception_ptr raised) {
       if (raised && !failure) failure = raised;
       stopped.store(true, std::memory_order_relaxed);
-      if (failure) rx.close();  // the sender may wait for room
+      if (failure) context.stop();  // the other may wait for ever
     };
     context.restart();
     asio::co_spawn(context, take_load(rx, in, taken), ended);
