@@ -409,8 +409,8 @@ struct segment_look {
 
 /// The same for a segment that was handed over, by the descriptor of a process that lives in it.
 ///
-/// Waits: never. Allocates: the header. Errors: `foreign_segment` for what is none by now, or the errno of the failing
-/// call: ENOENT when the process ended. Complexity: four system calls.
+/// Waits: never. Allocates: the header. Errors: `foreign_segment` for what is none, or none by now, or the errno of the
+/// failing call. Complexity: half a dozen system calls.
 [[nodiscard]] segment_look look_at_handed_over(const memory_name& name, const std::string& link,
                                                std::size_t header_bytes);
 

@@ -867,6 +867,9 @@ void mapping::furnish(const page_wishes& wishes, const std::string& what) {
   int refused = 0;
   if (transparent) refused = ::madvise(data_, extent_, MADV_HUGEPAGE) == 0 ? 0 : errno;
   if (wishes.prefault) populate();
+  // A file of hugetlbfs was allocated where its maker ran: its pages know the wish of a mapping only from now on. Why it
+  // cannot be fulfilled was told when it was made.
+  if (wishes.node) (void)move_to(*wishes.node);
   if (transparent && wishes.prefault && refused == 0 && facts_of(data_, extent_).transparent_bytes < extent_) {
     // A file system in memory makes huge pages by itself only where its mount says so; asked for it, it makes them of the
     // small ones. Not before Linux 6.1.

@@ -157,16 +157,25 @@ std::optional<memory_name> name_of_handed_over(std::string_view shown, const cha
 }
 
 segment_look look_at_handed_over(const memory_name& name, const std::string& link, std::size_t header_bytes) {
-  segment_look look;
-  look.locks = file_locks{link.c_str(), O_RDONLY | O_CLOEXEC, 0};
-  const int memory = look.locks.descriptor();
-  struct ::stat facts{};
-  if (memory < 0 || ::fstat(memory, &facts) != 0) fail_errno(errno, name.text() + ": opening " + link);
-  // The number may be another file's by now, and a file of such a path has no seals.
-  if (::fcntl(memory, F_GET_SEALS) < 0 || !name.name.ends_with('#' + std::to_string(facts.st_ino))) {
+  const auto vanished = [&] {
     fail(errc::foreign_segment,
          name.text() + ": expected the memory of a channel at " + link + ", found something else");
+  };
+  segment_look look;
+  struct ::stat facts{};
+  const auto is_still_there = [&] {
+    return S_ISREG(facts.st_mode) && name.name.ends_with('#' + std::to_string(facts.st_ino));
+  };
+  // The number may be another file's by now, or of a process that ended; even in between, hence O_NONBLOCK.
+  if (::stat(link.c_str(), &facts) != 0 || !is_still_there()) vanished();
+  look.locks = file_locks{link.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY, 0};
+  const int memory = look.locks.descriptor();
+  if (memory < 0) {
+    if (errno == EMFILE || errno == ENFILE || errno == ENOMEM) fail_errno(errno, name.text() + ": opening " + link);
+    vanished();
   }
+  // A file of such a path has no seals.
+  if (::fstat(memory, &facts) != 0 || !is_still_there() || ::fcntl(memory, F_GET_SEALS) < 0) vanished();
   look.size = static_cast<std::uint64_t>(facts.st_size);
   look.header.resize(header_bytes);
   const ::ssize_t got = ::pread(memory, look.header.data(), header_bytes, 0);

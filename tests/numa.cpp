@@ -345,7 +345,8 @@ TEST_CASE("numa: huge pages that were set aside: private, and a file of hugetlbf
     plan.pages = {.node = 1, .kind = strait::page_kind::huge};
     plan.fill = [](std::byte* memory) { *memory = std::byte{7}; };
     strait::unshared_descriptor memory;
-    const auto made = strait::make_sealed_segment(handed, plan, memory);
+    strait::segment made;
+    on_node(0, [&] { made = strait::make_sealed_segment(handed, plan, memory); });
     CHECK(made.map.report().shortfall.empty());
     CHECK(made.map.report().page_bytes == huge);
     CHECK(nodes_of(made.map.data(), huge) == only(1));

@@ -163,15 +163,17 @@ expect 'rm --stale' 'removed sysv:torn' "$out"
 if [ -n "$demo" ]; then
   step 'the demo is killed'
   "$demo" --rounds 1000 --subject strait >"$scratch/demo" 2>&1 &
-  pids+=($!)
+  conductor=$!
+  pids+=("$conductor")
   both_ends_live() {
     "$strait" ls --json >"$scratch/out" && [ "$(query 'any(.[]; .state == "live" and all(.ends[]; .alive))')" == true ]
   }
   eventually both_ends_live || { cat "$scratch/demo"; fail 'ls does not show the channels of the demo'; }
   mapfile -t both < <(query '[.[].ends[] | select(.alive).pid] | unique[]')
   expect 'the processes of the demo' 2 "${#both[@]}"
-  kill -9 "${both[@]}"
-  gone "${both[@]}"
+  # Its conductor first, which would clear away after them.
+  kill -9 "$conductor" "${both[@]}"
+  gone "$conductor" "${both[@]}"
   run 0 ls --json
   expect 'the demo, killed' 'stale' "$(query '[.[].state] | unique | join(" ")')"
   expect 'its ends' 'false' "$(query '[.[].ends[].alive] | unique | join(" ")')"

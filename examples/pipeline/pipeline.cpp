@@ -37,9 +37,33 @@ namespace {
 /// A worker that dies on a block would die on it again and again.
 constexpr unsigned most_replacements = 3;
 
+/// Takes a channel away after its last end. Messages for a receiver who has yet to come keep their channel, and a worker
+/// that is killed before it came never will.
+class remains {
+ public:
+  explicit remains(std::string name) : name_(std::move(name)) {}
+  remains(remains&& other) noexcept : name_(std::exchange(other.name_, {})) {}
+  remains& operator=(remains&& other) noexcept {
+    std::swap(name_, other.name_);
+    return *this;
+  }
+  ~remains() {
+    if (name_.empty()) return;
+    try {
+      strait::remove_channel(name_);
+    } catch (const std::system_error& error) {
+      if (error.code() != std::errc::no_such_file_or_directory) std::fprintf(stderr, "pipeline: %s\n", error.what());
+    }
+  }
+
+ private:
+  std::string name_;
+};
+
 /// One worker's place: our ends of its two channels, and the process at the other ends, which may change.
 struct place {
   // Destroyed from below: with the process gone we are the last to leave the channels, and that removes them.
+  remains blocks_left;
   strait::sender<block> blocks;
   strait::receiver<member> members;
   process worker;
@@ -52,7 +76,8 @@ class compression {
     // Nobody else has this run's channels: to find them here is an error.
     const strait::channel_options options{.capacity = capacity, .open = strait::open_mode::create};
     for (unsigned i = 0; i < workers; ++i) {
-      places_.push_back({strait::open_sender<block>(blocks_to(run_, i), options),
+      places_.push_back({remains{blocks_to(run_, i)},
+                         strait::open_sender<block>(blocks_to(run_, i), options),
                          strait::open_receiver<member>(members_from(run_, i), options),
                          {}});
     }
