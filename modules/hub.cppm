@@ -146,8 +146,8 @@ class hub {
 
   /// Gives whatever can go on now its turn, once, and then destroys every root. In a handler of the hub's own context.
   ///
-  /// Waits: for the slice of a turn that runs on another thread. Allocates: never. Errors: the first that left a coroutine, after that. Complexity: linear in how many
-  /// wait.
+  /// Waits: for the slice of a turn that runs on another thread. Cancel safety: nobody awaits it. Allocates: never.
+  /// Errors: the first that left a coroutine, after that. Complexity: linear in how many wait.
   virtual void end_roots() = 0;
 
   /// What nobody awaits lives from here ...

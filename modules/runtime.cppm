@@ -119,12 +119,15 @@ class runtime {
   /// its worker. Messages not taken stay in their channels. From any thread, a worker's, too; `join` and the destructor
   /// wait until it is done.
   ///
-  /// Waits: never. Allocates: a handler for each worker. Errors: none. Complexity: linear in the workers.
+  /// Waits: never. Cancel safety: nobody awaits it. Allocates: a handler for each worker. Errors: none. Complexity: linear
+  /// in the workers.
   void stop() noexcept;
 
 #ifdef __cpp_lib_jthread
   /// Only requests the stop: tasks that heed `stop_token` end in their own time, and `join` waits for them. From any
   /// thread.
+  ///
+  /// Waits: never. Cancel safety: nobody awaits it. Allocates: never. Errors: none. Complexity: linear in who heeds it.
   void request_stop() noexcept;
   /// For `stop_on`, and for whoever asks it between two steps.
   [[nodiscard]] std::stop_token stop_token() const noexcept;
@@ -133,8 +136,9 @@ class runtime {
   /// Runs a task on the next worker and blocks this thread, which must not be a worker, until it has ended. Returns what
   /// it returned.
   ///
-  /// Waits: parks this thread. Allocates: two frames. Errors: what left the task; `std::errc::operation_canceled` when the
-  /// runtime stopped before it ended; `std::errc::resource_deadlock_would_occur` on a worker. Complexity: constant.
+  /// Waits: parks this thread. Cancel safety: `stop`, from another thread, ends it. Allocates: two frames. Errors: what
+  /// left the task; `std::errc::operation_canceled` when the runtime stopped before it ended;
+  /// `std::errc::resource_deadlock_would_occur` on a worker. Complexity: constant.
   template <class T>
   T block_on(task<T> what);
 
@@ -146,6 +150,9 @@ class runtime {
 };
 
 /// What a thread blocks on while a task runs elsewhere.
+///
+/// Waits: parks the thread in `wait`; `here` runs the task. Cancel safety: not to be cancelled. Allocates: `here` makes a
+/// context. Errors: as `block_on`. Complexity: constant.
 class blocking_wait {
  public:
   void ended() noexcept;
@@ -162,6 +169,9 @@ class blocking_wait {
 };
 
 /// The result of a task for a thread that blocks.
+///
+/// Waits: `take` parks the thread. Cancel safety: not to be cancelled. Allocates: one frame. Errors: as `block_on`.
+/// Complexity: constant.
 template <class T>
 class blocking_result {
  public:
@@ -222,8 +232,8 @@ T runtime::block_on(task<T> what) {
 ///
 ///     const auto answer = strait::block_on(ask(requests, replies));
 ///
-/// Waits: in a context made for it. Allocates: that context and two frames. Errors: what left the task;
-/// `std::errc::operation_canceled` when it can never end, because nothing it waits for is left;
+/// Waits: in a context made for it. Cancel safety: nobody awaits it. Allocates: that context and two frames. Errors: what
+/// left the task; `std::errc::operation_canceled` when it can never end, because nothing it waits for is left;
 /// `std::errc::resource_deadlock_would_occur` on a worker or within a turn. Complexity: system calls.
 template <class T>
 T block_on(task<T> what) {
