@@ -139,10 +139,16 @@ class hub {
   /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
   virtual void share(bool shared) noexcept = 0;
 
-  /// No turn goes on after this; what waits stays waiting.
+  /// From now on a turn ends after one round; what waits stays waiting.
   ///
   /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
   virtual void stop() noexcept = 0;
+
+  /// Gives whatever can go on now its turn, once, and then destroys every root. In a handler of the hub's own context.
+  ///
+  /// Waits: for the slice of a turn that runs on another thread. Cancel safety: nobody awaits it. Allocates: never.
+  /// Errors: the first that left a coroutine, after that. Complexity: linear in how many wait.
+  virtual void end_roots() = 0;
 
   /// What nobody awaits lives from here ...
   ///

@@ -1,9 +1,19 @@
 module;
+#include <version>
+
+#include <condition_variable>
 #include <cstddef>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <system_error>
+#include <type_traits>
+#include <utility>
 #include <vector>
+#ifdef __cpp_lib_jthread
+#include <stop_token>
+#endif
 export module strait.runtime;
 
 export import strait.hub;
@@ -104,11 +114,33 @@ class runtime {
   /// never. Errors: that exception. Complexity: linear in the workers.
   void join();
 
-  /// Has the workers stop as soon as what they are resuming suspends. Tasks that have not ended are destroyed with the
-  /// runtime; messages not taken stay in their channels. From any thread.
+  /// Ends everything: requests a stop by `stop_token`, gives whatever can go on now its turn once more, a message that is
+  /// there, a time that has come, a task that was told to stop, and destroys the tasks that have not ended then, each on
+  /// its worker. Messages not taken stay in their channels. From any thread, a worker's, too; `join` and the destructor
+  /// wait until it is done.
   ///
-  /// Waits: never. Allocates: never. Errors: none. Complexity: linear in the workers.
+  /// Waits: never. Cancel safety: nobody awaits it. Allocates: a handler for each worker. Errors: none. Complexity: linear
+  /// in the workers.
   void stop() noexcept;
+
+#ifdef __cpp_lib_jthread
+  /// Only requests the stop: tasks that heed `stop_token` end in their own time, and `join` waits for them. From any
+  /// thread.
+  ///
+  /// Waits: never. Cancel safety: nobody awaits it. Allocates: never. Errors: none. Complexity: linear in who heeds it.
+  void request_stop() noexcept;
+  /// For `stop_on`, and for whoever asks it between two steps.
+  [[nodiscard]] std::stop_token stop_token() const noexcept;
+#endif
+
+  /// Runs a task on the next worker and blocks this thread, which must not be a worker, until it has ended. Returns what
+  /// it returned.
+  ///
+  /// Waits: parks this thread. Cancel safety: `stop`, from another thread, ends it. Allocates: two frames. Errors: what
+  /// left the task; `std::errc::operation_canceled` when the runtime stopped before it ended;
+  /// `std::errc::resource_deadlock_would_occur` on a worker. Complexity: constant.
+  template <class T>
+  T block_on(task<T> what);
 
  private:
   friend class runtime_node;
@@ -116,5 +148,98 @@ class runtime {
   struct state;
   std::unique_ptr<state> state_;
 };
+
+/// What a thread blocks on while a task runs elsewhere.
+///
+/// Waits: parks the thread in `wait`; `here` runs the task. Cancel safety: not to be cancelled. Allocates: `here` makes a
+/// context. Errors: as `block_on`. Complexity: constant.
+class blocking_wait {
+ public:
+  void ended() noexcept;
+  void wait();
+  /// Starts the task on the next worker.
+  static void on(runtime& where, task<> what);
+  /// Runs it on this thread, in a context of its own.
+  static void here(task<> what);
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool ended_ = false;
+};
+
+/// The result of a task for a thread that blocks.
+///
+/// Waits: `take` parks the thread. Cancel safety: not to be cancelled. Allocates: one frame. Errors: as `block_on`.
+/// Complexity: constant.
+template <class T>
+class blocking_result {
+ public:
+  /// The task, wrapped so that it leaves its result here.
+  [[nodiscard]] task<> of(task<T> what) { return run(std::move(what), reporter{*this}); }
+  T take() {
+    wait_.wait();
+    if (error_) std::rethrow_exception(error_);
+    if (!value_) {
+      throw std::system_error{std::make_error_code(std::errc::operation_canceled),
+                              "block_on: expected the task to end, found it destroyed before"};
+    }
+    if constexpr (!std::is_void_v<T>) return std::move(*value_);
+  }
+
+ private:
+  /// Lives as long as the task's frame, and so tells of its end, however that comes.
+  class reporter {
+   public:
+    explicit reporter(blocking_result& to) noexcept : to_{&to} {}
+    reporter(reporter&& other) noexcept : to_{std::exchange(other.to_, nullptr)} {}
+    reporter& operator=(reporter&&) = delete;
+    ~reporter() {
+      if (to_ != nullptr) to_->wait_.ended();
+    }
+    [[nodiscard]] blocking_result& to() const noexcept { return *to_; }
+
+   private:
+    blocking_result* to_;
+  };
+  static task<> run(task<T> what, reporter report) {
+    try {
+      if constexpr (std::is_void_v<T>) {
+        co_await std::move(what);
+        report.to().value_.emplace();
+      } else {
+        report.to().value_.emplace(co_await std::move(what));
+      }
+    } catch (...) {
+      report.to().error_ = std::current_exception();
+    }
+  }
+
+  blocking_wait wait_;
+  std::optional<result_in_tuple<T>> value_;
+  std::exception_ptr error_;
+};
+
+template <class T>
+T runtime::block_on(task<T> what) {
+  blocking_result<T> result;
+  blocking_wait::on(*this, result.of(std::move(what)));
+  return result.take();
+}
+
+/// Runs a task on this thread until it has ended, and returns what it returned: for a caller that is no coroutine and has
+/// no runtime.
+///
+///     const auto answer = strait::block_on(ask(requests, replies));
+///
+/// Waits: in a context made for it. Cancel safety: nobody awaits it. Allocates: that context and two frames. Errors: what
+/// left the task; `std::errc::operation_canceled` when it can never end, because nothing it waits for is left;
+/// `std::errc::resource_deadlock_would_occur` on a worker or within a turn. Complexity: system calls.
+template <class T>
+T block_on(task<T> what) {
+  blocking_result<T> result;
+  blocking_wait::here(result.of(std::move(what)));
+  return result.take();
+}
 
 }  // namespace strait

@@ -197,6 +197,46 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   void stop() noexcept override { stopped_.store(true, std::memory_order_relaxed); }
 
+  void end_roots() override {
+    std::exception_ptr error;
+    {
+      const std::lock_guard lock{mutex_};
+      hub* const outer_current = std::exchange(current_hub, this);
+      hub* const outer_turning = std::exchange(turning_hub, this);
+      wake_up();
+      absorb_inbox();
+      const auto attempt = [&](auto step) {
+        try {
+          step();
+        } catch (...) {
+          if (!error) error = std::current_exception();
+        }
+      };
+      // Only as many as there are now: those who always wait again are not to keep it going.
+      const std::int64_t now = now_ns();
+      for (std::size_t left = timers_.size(); left != 0 && timer_due(now); --left) {
+        hub_timer& timer = *timers_.front();
+        remove(timer);
+        attempt([&] { timer.complete(timer); });
+      }
+      std::size_t left = 0;
+      for (const hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) ++left;
+      cursor_ = waiters_.first();
+      for (; cursor_ != nullptr && left != 0; --left) {
+        hub_waiter& waiter = *cursor_;
+        cursor_ = waiter.next;
+        if (waiter.ready != nullptr && !waiter.ready(waiter, false)) continue;
+        remove(waiter);
+        attempt([&] { waiter.complete(waiter); });
+      }
+      cursor_ = nullptr;
+      destroy_roots();
+      turning_hub = outer_turning;
+      current_hub = outer_current;
+    }
+    if (error) std::rethrow_exception(error);
+  }
+
   void add_root(hub_root& root) noexcept override {
     const auto lock = lock_unless_turning();
     roots_.push_back(root);
@@ -220,10 +260,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
     ended_ = true;
     announced_ = false;
     // Not under mutex_: what they wait for is withdrawn.
-    while (hub_root* root = roots_.first()) {
-      roots_.remove(*root);
-      root->destroy(*root);
-    }
+    destroy_roots();
     absorb_inbox();
     while (hub_waiter* waiter = waiters_.first()) {
       remove(*waiter);
@@ -245,6 +282,13 @@ class asio_hub final : public asio::execution_context::service, public hub {
   /// be told, so there is a turn.
   void notify_fork(asio::execution_context::fork_event event) override {
     if (event == asio::execution_context::fork_child && executor_ && make_resident()) post_turn();
+  }
+
+  void destroy_roots() noexcept {
+    while (hub_root* root = roots_.first()) {
+      roots_.remove(*root);
+      root->destroy(*root);
+    }
   }
 
   void append(hub_waiter& waiter) noexcept {
@@ -354,7 +398,18 @@ class asio_hub final : public asio::execution_context::service, public hub {
       alarm_due_ = forever;
       if (error) return;
     }
-    if (make_resident()) turn();
+    begin_turn();
+  }
+
+  /// What kept the context's run() going has come. If somebody else made the hub resident just now, the turn that is owed
+  /// may not have been posted yet, by a thread that has lost its CPU: until it has, the doorbell's handler keeps run()
+  /// from returning. That turn parks, or cancels it.
+  void begin_turn() {
+    if (make_resident()) return turn();
+    if (turning_hub == this) return;
+    const std::lock_guard lock{mutex_};
+    // No turn is running, so one that ended meanwhile shows here: states are left with the mutex held.
+    if (state_.load(std::memory_order_seq_cst) == hub_state::resident) arm(bell_wait_);
   }
 
   void absorb_inbox() noexcept {
@@ -658,7 +713,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
         bell_.drain_lines();
       }
     }
-    if (make_resident()) turn();
+    begin_turn();
   }
 
   std::once_flag used_;

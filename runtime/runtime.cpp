@@ -1,8 +1,11 @@
 module;
+#include <version>
+
 #include <pthread.h>
 #include <asio/any_io_executor.hpp>
 #include <asio/executor_work_guard.hpp>
 #include <asio/io_context.hpp>
+#include <asio/post.hpp>
 
 #include <atomic>
 #include <condition_variable>
@@ -14,6 +17,9 @@ module;
 #include <mutex>
 #include <new>
 #include <stdexcept>
+#ifdef __cpp_lib_jthread
+#include <stop_token>
+#endif
 #include <string>
 #include <system_error>
 #include <thread>
@@ -123,10 +129,18 @@ class task_count {
     const std::lock_guard lock{mutex_};
     if (!error_) error_ = std::move(error);
   }
-  void stop() noexcept {
+  /// False: it was stopped before.
+  bool stop() noexcept {
     const std::lock_guard lock{mutex_};
-    stopped_ = true;
+    if (std::exchange(stopped_, true)) return false;
     changed_.notify_all();
+    return true;
+  }
+  /// Calls `spawn` unless it was stopped, and has the stop come after it.
+  template <class Spawn>
+  void unless_stopped(Spawn spawn) {
+    const std::lock_guard lock{mutex_};
+    if (!stopped_) spawn();
   }
   /// Until there is none, or it is stopped.
   void wait() {
@@ -175,6 +189,9 @@ struct runtime::state final : spawn_observer {
   std::vector<std::unique_ptr<worker>> workers;
   std::vector<runtime_node> nodes;
   std::atomic<std::size_t> next{0};
+#ifdef __cpp_lib_jthread
+  std::stop_source stopping;
+#endif
 
   /// Of a task that was spawned from outside.
   void task_ended(std::exception_ptr error) noexcept override {
@@ -220,10 +237,22 @@ struct runtime::state final : spawn_observer {
   }
 
   void stop() noexcept {
-    tasks.stop();
+    if (!tasks.stop()) return;
+#ifdef __cpp_lib_jthread
+    stopping.request_stop();
+#endif
     for (const auto& one : workers) {
-      if (one->own_hub != nullptr) one->own_hub->stop();
-      one->context.stop();
+      if (one->own_hub == nullptr) continue;
+      one->own_hub->stop();
+      try {
+        // Behind what is in the queue already, which so has its turn.
+        asio::post(one->context, [worker = one.get()] {
+          worker->context.stop();  // when this handler has returned
+          worker->own_hub->end_roots();
+        });
+      } catch (const std::bad_alloc&) {
+        one->context.stop();  // the tasks are destroyed with it
+      }
     }
   }
 
@@ -241,6 +270,10 @@ struct runtime::state final : spawn_observer {
 
 /// For the functions of <strait/asio.hpp>.
 struct runtime_access {
+  template <class Spawn>
+  static void unless_stopped(runtime& of, Spawn spawn) {
+    of.state_->tasks.unless_stopped(std::move(spawn));
+  }
   static asio::any_io_executor executor(runtime_node& node) {
     worker& one = *node.owner_->state_->workers[node.next_worker()];
     one.own_hub->share(true);
@@ -326,6 +359,54 @@ void runtime::join() {
 
 void runtime::stop() noexcept {
   state_->stop();
+}
+
+#ifdef __cpp_lib_jthread
+void runtime::request_stop() noexcept {
+  state_->stopping.request_stop();
+}
+
+std::stop_token runtime::stop_token() const noexcept {
+  return state_->stopping.get_token();
+}
+#endif
+
+namespace {
+
+/// On a thread that resumes coroutines, waiting for one would wait for itself.
+void refuse_to_block_a_hub() {
+  if (hub::current() == nullptr) return;
+  throw std::system_error{std::make_error_code(std::errc::resource_deadlock_would_occur),
+                          "block_on: expected a thread that runs no coroutines, found a worker, or one within a turn"};
+}
+
+}  // namespace
+
+void blocking_wait::ended() noexcept {
+  // Notified with the mutex held: the object goes as soon as its owner has it.
+  const std::lock_guard lock{mutex_};
+  ended_ = true;
+  changed_.notify_all();
+}
+
+void blocking_wait::wait() {
+  std::unique_lock lock{mutex_};
+  changed_.wait(lock, [this] { return ended_; });
+}
+
+void blocking_wait::on(runtime& where, task<> what) {
+  refuse_to_block_a_hub();
+  // What is spawned behind the stop is destroyed with the runtime, which may be long after.
+  runtime_access::unless_stopped(where, [&] { where.spawn(std::move(what)); });
+}
+
+void blocking_wait::here(task<> what) {
+  refuse_to_block_a_hub();
+  asio::io_context context{1};
+  hub& where = hub_of(context.get_executor());
+  where.share(false);  // until somebody asks for the executor
+  spawn_on(where, std::move(what));
+  context.run();
 }
 
 // Of no module, so that <strait/asio.hpp> can declare it.

@@ -31,6 +31,7 @@
 #include <optional>
 #include <set>
 #include <stdexcept>
+#include <stop_token>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -324,6 +325,118 @@ TEST_CASE("stop destroys what has not ended; messages stay in their channels") {
   CHECK(channel.rx.blocking_recv() == 3);
   CHECK(full.rx.try_recv() == 1);
   CHECK_FALSE(full.rx.try_recv());
+}
+
+TEST_CASE("stop tells those who heed its token, and what is due has its turn once more") {
+  watched_channel<message> heeds{{.wait = strait::wait_policy::park}};
+  watched_channel<message> due{{.wait = strait::wait_policy::park}};
+  std::vector<std::string> said;
+  const auto held = std::make_shared<int>(0);
+  strait::runtime rt{workers(1)};
+  rt.spawn([](strait::receiver<message>& rx, std::stop_token token, std::vector<std::string>& out,
+              std::shared_ptr<int>) -> strait::task<> {
+    std::error_code error;
+    (void)co_await (rx.recv(error) | strait::stop_on(token));
+    if (error == std::errc::operation_canceled) out.push_back("told");
+    (void)co_await rx.recv();
+    FAIL("it was destroyed here");
+  }(heeds.rx, rt.stop_token(), said, held));
+  rt.spawn([](strait::receiver<message>& rx, std::vector<std::string>& out, std::shared_ptr<int>) -> strait::task<> {
+    if (co_await rx.recv() == 7) out.push_back("drained");
+    (void)co_await rx.recv();
+    FAIL("it was destroyed here");
+  }(due.rx, said, held));
+  REQUIRE(eventually([&] { return parked(*heeds.receiver_word) && parked(*due.receiver_word); }));
+  CHECK(due.tx.try_send(message{7}));
+  rt.stop();
+  rt.join();
+  CHECK(held.use_count() == 1);  // by their worker, not by the destructor of the runtime
+  std::ranges::sort(said);
+  CHECK(said == std::vector<std::string>{"drained", "told"});
+}
+
+TEST_CASE("a stop that is only requested lets tasks end in their own time") {
+  strait::runtime rt{workers(2)};
+  std::atomic<int> ended{0};
+  for (int i = 0; i < 8; ++i) {
+    rt.spawn([](std::stop_token token, std::atomic<int>& count) -> strait::task<> {
+      try {
+        co_await (strait::sleep_for(std::chrono::hours{1}) | strait::stop_on(token));
+      } catch (const std::system_error& told) {
+        if (told.code() != std::errc::operation_canceled) throw;
+      }
+      co_await strait::sleep_for(std::chrono::milliseconds{1});  // its own time
+      ++count;
+    }(rt.stop_token(), ended));
+  }
+  rt.request_stop();
+  rt.join();
+  CHECK(ended == 8);
+}
+
+TEST_CASE("a task stops its runtime") {
+  strait::runtime rt{workers(2)};
+  rt.spawn([](strait::runtime& own) -> strait::task<> {
+    own.stop();
+    co_await strait::sleep_for(std::chrono::hours{1});
+  }(rt));
+  rt.join();
+}
+
+TEST_CASE("a thread blocks on a task: on a runtime, or on its own") {
+  const auto sum = [](strait::receiver<message> rx) -> strait::task<message> {
+    message total = 0;
+    while (const auto next = co_await rx.recv()) total += *next;
+    co_return total;
+  };
+  const auto send_ten = [](strait::sender<message> tx) {
+    for (message i = 1; i <= 10; ++i) tx.blocking_send(i);
+  };
+  {
+    strait::runtime rt{workers(1)};
+    auto [tx, rx] = strait::make_channel<message>();
+    std::thread other{send_ten, std::move(tx)};
+    CHECK(rt.block_on(sum(std::move(rx))) == 55);
+    other.join();
+    std::string thrown;
+    try {
+      rt.block_on([]() -> strait::task<> {
+        co_await strait::sleep_for(std::chrono::nanoseconds{0});
+        throw std::runtime_error{"from within"};
+      }());
+    } catch (const std::runtime_error& error) {
+      thrown = error.what();
+    }
+    CHECK(thrown == "from within");
+    // On a worker it would wait for itself.
+    std::error_code refused;
+    rt.block_on([](strait::runtime& own, std::error_code& error) -> strait::task<> {
+      try {
+        own.block_on([]() -> strait::task<> { co_return; }());
+      } catch (const std::system_error& told) {
+        error = told.code();
+      }
+      co_return;
+    }(rt, refused));
+    CHECK(refused == std::errc::resource_deadlock_would_occur);
+    // The runtime stops first.
+    std::error_code destroyed;
+    try {
+      rt.block_on([](strait::runtime& own) -> strait::task<> {
+        own.stop();
+        co_await strait::sleep_for(std::chrono::hours{1});
+      }(rt));
+    } catch (const std::system_error& told) {
+      destroyed = told.code();
+    }
+    CHECK(destroyed == std::errc::operation_canceled);
+    rt.join();
+  }
+  auto [tx, rx] = strait::make_channel<message>();
+  std::thread other{send_ten, std::move(tx)};
+  CHECK(strait::block_on(sum(std::move(rx))) == 55);
+  other.join();
+  strait::block_on([]() -> strait::task<> { co_await strait::sleep_for(std::chrono::milliseconds{1}); }());
 }
 
 TEST_CASE("a runtime that goes out of scope stops") {
