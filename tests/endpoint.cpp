@@ -795,12 +795,12 @@ TEST_CASE("endpoint: of many that create, one does") {
 
 TEST_CASE("endpoint: threads that come and go meet in one channel or are told, and the last leaves nothing") {
   const channel_name name{"churn"};
-  std::atomic<int> entered{0};
+  std::atomic<int> refused{0};
   std::atomic<int> strange{0};
   std::vector<std::thread> threads;
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&, i] {
-      for (int round = 0; round < 100; ++round) {
+      for (int entered = 0; entered < 50;) {
         try {
           if (i % 2 == 0) {
             const auto tx = strait::open_sender<order>(name.text(), {.capacity = 8});
@@ -809,14 +809,20 @@ TEST_CASE("endpoint: threads that come and go meet in one channel or are told, a
           }
           ++entered;
         } catch (const std::system_error& error) {
-          if (error.code() != errc::end_in_use) ++strange;
+          if (error.code() != errc::end_in_use) {
+            ++strange;
+            return;
+          }
+          // The other of this role is in, and may have lost its CPU there.
+          ++refused;
+          std::this_thread::yield();
         }
       }
     });
   }
   for (auto& thread : threads) thread.join();
+  CAPTURE(refused.load());
   CHECK(strange == 0);
-  CHECK(entered >= 100);
   CHECK_FALSE(name.exists());
 }
 
