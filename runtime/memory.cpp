@@ -1173,9 +1173,12 @@ bool lost_its_companion(const memory_name& name) {
 void read_beginning(const memory_name& name, const body& contents, std::size_t header_bytes, segment_look& look) {
   look.header.resize(header_bytes);
   const auto beginning = contents.read(look.header);
-  look.unfinished = is_makeshift(name) || !beginning;
+  const std::uint64_t size = beginning ? contents.size() : 0;
+  // A System V segment may be removed between the two, which leaves its companion for a moment.
+  const bool removed = name.scheme == memory_scheme::system_v && size == 0;
+  look.unfinished = is_makeshift(name) || !beginning || removed;
   look.header.resize(look.unfinished ? 0 : beginning->size());
-  look.size = look.unfinished ? 0 : contents.size();
+  look.size = look.unfinished ? 0 : size;
 }
 
 /// Where the file is that a process has open as `link`, whose target /proc gives as `path`; empty when it has no name.
