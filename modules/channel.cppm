@@ -33,8 +33,10 @@ export import strait.endpoint;
 ///  - `look()`: the same for a waiter, which also looks at what happened to the peer.
 ///  - `wait(place, waiter)`, `withdraw(hub, waiter)`: has the waiter completed when the operation can go on, or not any
 ///    more. Operations that wait for several things, as those of `strait.select`, do this in their own way.
-///  - `finish(ec)`: does it. A message leaves the ring only here, in the hands of whoever asked for it, so an operation
-///    that is cancelled or destroyed while it waits has taken nothing.
+///  - `finish()`: does it. A message leaves the ring only here, or in the next, both once whoever asked for it is there
+///    to take it: an operation that is cancelled or destroyed while it waits has taken nothing.
+///  - `at_once()`, `result_at_once()`, where an operation has them: does it without waiting, when nothing but the lane must
+///    be looked at.
 export namespace strait {
 
 /// What a message type is called across processes. Specialise it for types of your own: the name and version are
@@ -211,17 +213,11 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
     if constexpr (strait::asio_promise<Promise>) {
       strait::asio_suspension<Operation, Executor>::suspend(*this, awaiting);
     } else {
-      strait::hub* hub = nullptr;
-      if constexpr (requires { awaiting.promise().environment(); }) {
-        hub = static_cast<strait::hub*>(awaiting.promise().environment());
-      }
-      if (hub == nullptr) hub = strait::hub::current();
+      strait::hub* hub = strait::hub_of_coroutine(awaiting);
       if (hub == nullptr) {
         // Ready, and only meant to let others have their turn: here is nobody who could give it back.
         if (operation_.look(false)) return false;
-        strait::fail(strait::errc::no_hub,
-                     "a coroutine has to wait: expected a strait::task, an asio::awaitable or a thread of "
-                     "strait::runtime, found none of them");
+        hub = &strait::hub_to_wait_on(awaiting);  // says so
       }
       auto* waiting = ::new (static_cast<void*>(suspension_)) plain_suspension;
       waiting->self = this;
@@ -1245,7 +1241,6 @@ class receiver {
 /// Waits: never. Allocates: `capacity` slots. Errors: `bad_capacity`, `no_space`. Complexity: touching the memory.
 template <class T>
 [[nodiscard]] std::pair<sender<T>, receiver<T>> make_channel(const channel_options& options = {}) {
-  static_assert(alignof(T) <= 4096, "a mapping is aligned to a page, and no message to more");
   static_assert(std::is_move_constructible_v<T>, "a message must be movable");
   endpoint::destroy_messages destroy = nullptr;
   if constexpr (!std::is_trivially_destructible_v<T>) {
@@ -1258,16 +1253,23 @@ template <class T>
   return {sender<T>{std::move(sending)}, receiver<T>{std::move(receiving)}};
 }
 
+/// Ends the compilation for a type that cannot be sent to another process.
+///
+/// Waits: never. Allocates: never. Errors: that. Complexity: none when the program runs.
+template <class T>
+consteval void must_cross_processes() {
+  static_assert(std::is_trivially_copyable_v<T>,
+                "a message crosses processes as bytes: its type must be trivially copyable (no pointers into this "
+                "process, no strings, no virtual functions)");
+}
+
 /// Opens the sending end of a named channel, creating the channel when it is not there.
 ///
 /// Waits: parks while another end enters or leaves. Allocates: the segment. Errors: see `endpoint::open`. Complexity:
 /// system calls.
 template <class T>
 [[nodiscard]] sender<T> open_sender(std::string_view name, const channel_options& options = {}) {
-  static_assert(alignof(T) <= 4096, "a mapping is aligned to a page, and no message to more");
-  static_assert(std::is_trivially_copyable_v<T>,
-                "a message crosses processes as bytes: its type must be trivially copyable (no pointers into this "
-                "process, no strings, no virtual functions)");
+  must_cross_processes<T>();
   return sender<T>{endpoint::open(role::sender, name, shape_of<T>, options)};
 }
 
@@ -1277,10 +1279,7 @@ template <class T>
 /// system calls.
 template <class T>
 [[nodiscard]] receiver<T> open_receiver(std::string_view name, const channel_options& options = {}) {
-  static_assert(alignof(T) <= 4096, "a mapping is aligned to a page, and no message to more");
-  static_assert(std::is_trivially_copyable_v<T>,
-                "a message crosses processes as bytes: its type must be trivially copyable (no pointers into this "
-                "process, no strings, no virtual functions)");
+  must_cross_processes<T>();
   return receiver<T>{endpoint::open(role::receiver, name, shape_of<T>, options)};
 }
 

@@ -168,9 +168,8 @@ struct duplex_shape {
 
 template <class In, class Out>
 inline constexpr duplex_shape duplex_shape_of = [] {
-  static_assert(std::is_trivially_copyable_v<In> && std::is_trivially_copyable_v<Out>,
-                "a message crosses processes as bytes: its type must be trivially copyable (no pointers into this "
-                "process, no strings, no virtual functions)");
+  must_cross_processes<In>();
+  must_cross_processes<Out>();
   return duplex_shape{shape_of<In>, shape_of<Out>};
 }();
 

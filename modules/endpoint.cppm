@@ -435,8 +435,8 @@ class endpoint final : private process_watcher {
   bool look() noexcept override;
   bool look_at_line_end() noexcept;
   void wake_own_waiter() noexcept;
-  void hold(process_identity process) noexcept;
-  void enter_handed_over_memory();
+  void hold(process_identity process, std::optional<unsigned> node) noexcept;
+  void enter_handed_over_memory(std::optional<unsigned> node);
   void keep_from_children();
   /// What there is to tell of an end for which nobody comes any more: a death once, and then that it is closed.
   [[nodiscard]] inline news settled(news fate) const noexcept {

@@ -1,5 +1,4 @@
 module;
-#include <algorithm>
 #include <chrono>
 #include <coroutine>
 #include <cstddef>
@@ -21,9 +20,9 @@ export import strait.endpoint;
 ///
 /// | state    | who changes it                            | what follows                                    |
 /// |----------|-------------------------------------------|-------------------------------------------------|
-/// | idle     | the turn, when nobody waits               | the context's `run()` may return                 |
+/// | idle     | the turn, when nobody waits but timers    | `run()` returns, unless a timer is set           |
 /// | resident | whoever finds it idle or parked, by CAS   | exactly one turn is posted or running            |
-/// | parked   | the turn                                  | the doorbell, or a new waiter, makes it resident |
+/// | parked   | the turn                                  | the doorbell, the alarm or a new waiter makes it resident |
 export namespace strait {
 
 class hub;
@@ -152,13 +151,10 @@ class hub {
 
   /// What nobody awaits lives from here ...
   ///
-  /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
-  ///
-  /// Waits: for the slice of a turn that runs on another thread, and so does its end.
+  /// Waits: for the slice of a turn that runs on another thread. Cancel safety: cannot be cancelled. Allocates: never.
+  /// Errors: none. Complexity: constant.
   virtual void add_root(hub_root& root) noexcept = 0;
-  /// ... to here. `error`, if there is one, is thrown out of the context's `run()`.
-  ///
-  /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
+  /// The same, to here. `error`, if there is one, is thrown out of the context's `run()`.
   virtual void remove_root(hub_root& root, std::exception_ptr error) noexcept = 0;
 
  protected:
@@ -171,19 +167,27 @@ class hub {
   virtual void leave() noexcept = 0;
 };
 
-/// The hub that a coroutine waits on: that of its task, or that of this thread.
+/// The hub of a coroutine: that of its task, or that of this thread; null where there is none.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
+template <class Promise>
+[[nodiscard]] hub* hub_of_coroutine(std::coroutine_handle<Promise> awaiting) noexcept {
+  if constexpr (requires { awaiting.promise().environment(); }) {
+    if (void* of_task = awaiting.promise().environment()) return static_cast<hub*>(of_task);
+  }
+  return hub::current();
+}
+
+/// The hub that a coroutine waits on.
 ///
 /// Waits: never. Allocates: never. Errors: `no_hub` when there is none. Complexity: constant.
 template <class Promise>
 [[nodiscard]] hub& hub_to_wait_on(std::coroutine_handle<Promise> awaiting) {
-  hub* found = nullptr;
-  if constexpr (requires { awaiting.promise().environment(); }) {
-    found = static_cast<hub*>(awaiting.promise().environment());
-  }
-  if (found == nullptr) found = hub::current();
+  hub* const found = hub_of_coroutine(awaiting);
   if (found == nullptr) {
     fail(errc::no_hub,
-         "a coroutine has to wait: expected a strait::task or a thread of strait::runtime, found neither of them");
+         "a coroutine has to wait: expected a strait::task, an asio::awaitable or a thread of strait::runtime, found "
+         "none of them");
   }
   return *found;
 }

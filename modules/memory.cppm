@@ -140,7 +140,7 @@ struct page_report {
 
 /// The memory node of the CPU on which this thread runs; empty where that has no memory or the kernel does not tell.
 ///
-/// Waits: never. Allocates: never. Errors: none. Complexity: a system call at most.
+/// Waits: never. Allocates: as `memory_nodes`. Errors: none. Complexity: a system call at most.
 [[nodiscard]] std::optional<unsigned> nearest_memory_node() noexcept;
 
 /// Pages of this process's address space; unmapped by the destructor.
@@ -428,7 +428,6 @@ void remove_segment(const memory_name& name, std::size_t header_bytes,
 // Of this room alone.
 namespace strait {
 
-/// Has the pages come from that node, if it has any left.
 /// How long a file is that holds so many bytes: huge pages must lie in it as a whole.
 [[nodiscard]] std::size_t file_bytes(int descriptor, std::size_t bytes, const page_wishes& wishes);
 
@@ -441,6 +440,8 @@ struct system_v_segment {
   std::uint64_t attached = 0;
   /// Whether its creator came to the end.
   bool finished = false;
+  /// How many of its first bytes were copied.
+  std::size_t copied = 0;
 };
 
 /// What stands in a companion. Written before it has a name, and never again.
@@ -457,20 +458,17 @@ struct system_v_companion {
 };
 
 /// Looks for the segment under the name's key. Throws `foreign_segment` when the one there is not this channel's.
-/// `owner` is whose the companion is, where there was one before.
+/// `owner` is whose the companion is, where there was one before; `into` is filled with its beginning.
 [[nodiscard]] std::optional<system_v_segment> find_system_v(const memory_name& name,
                                                             const system_v_companion& companion,
-                                                            std::optional<unsigned> owner);
+                                                            std::optional<unsigned> owner,
+                                                            std::span<std::byte> into = {});
 
 /// Makes it. A death before the end leaves an unfinished one. The companion's gate must be held.
 [[nodiscard]] mapping make_system_v(const memory_name& name, const segment_plan& plan);
 
 /// Takes it away; those who have it attached keep it. Returns an errno, or 0; that it is gone already is no error.
 [[nodiscard]] int remove_system_v(const system_v_segment& segment) noexcept;
-
-/// Copies its beginning: as much as fits and is there.
-[[nodiscard]] std::size_t read_system_v(const memory_name& name, const system_v_segment& segment,
-                                        std::span<std::byte> into);
 
 /// The name of what a process has open as `link`, of which /proc shows `shown`; none if that is no segment that was handed
 /// over.

@@ -42,7 +42,7 @@ export import strait.channel;
 /// Everything here is changed in a turn of the hub or in a visit to it, which exclude each other.
 export namespace strait {
 
-/// What an operation waits by; see the table of `strait.channel`.
+/// What an operation waits by; see the parts of one at the top of `strait.channel`.
 template <class T>
 concept waiting_operation = requires(T& operation, const wait_place& place, hub& where, hub_waiter& waiter) {
   { operation.look(false) } -> std::same_as<bool>;

@@ -152,7 +152,7 @@ class topology {
 
 /// The NUMA node of a CPU, also of one that this process may not use; empty when the kernel does not tell.
 ///
-/// Waits: never; looks into /sys. Allocates: a path. Errors: none. Complexity: linear in nodes.
+/// Waits: never; looks into /sys. Allocates: a path. Errors: `std::bad_alloc`. Complexity: linear in nodes.
 [[nodiscard]] std::optional<unsigned> node_of_cpu(unsigned cpu);
 
 }  // namespace strait

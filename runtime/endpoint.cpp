@@ -164,9 +164,15 @@ bool of_this_boot(const end_entry& entry) {
          entry.boot_low.load(std::memory_order_relaxed) == boot.low;
 }
 
+/// Before anything is made or entered: it may fail, and later there would be a segment to be taken back.
+void learn_who_we_are() {
+  (void)this_process();
+  (void)this_boot();
+}
+
 /// Whether a sender that closed left messages for a receiver that is yet to come; see close().
 bool holds_a_deposit(const segment_header& header) noexcept {
-  // relaxed, all of them: a copy of our own.
+  // relaxed, all of them: a copy of our own, or the gate is held.
   const auto presence_of = [&](role r) {
     return static_cast<presence>(header.ends[static_cast<std::size_t>(r)].presence.load(std::memory_order_relaxed));
   };
@@ -336,9 +342,7 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     return verdict::enter;
   };
 
-  // Now, because they may fail: later there would be a segment to be taken back.
-  (void)this_process();
-  (void)this_boot();
+  learn_who_we_are();
   const auto now = std::chrono::steady_clock::now();
   constexpr auto end_of_time = std::chrono::steady_clock::time_point::max();
   const auto deadline = options.patience < end_of_time - now ? now + options.patience : end_of_time;
@@ -393,9 +397,7 @@ void endpoint::enter(std::optional<unsigned> node) {
     them.doorbell.store(0, std::memory_order_relaxed);
     them.pid.store(0, std::memory_order_relaxed);
   }
-  hold(this_process());
-  // relaxed: ordered by the gate.
-  if (node) header_->node_asked.store(*node + 1, std::memory_order_relaxed);
+  hold(this_process(), node);
   // Whoever comes to a dead peer is told once, like a survivor.
   const std::uint32_t last_death = peer().last_death.load(std::memory_order_relaxed);
   const bool found_dead = static_cast<presence>(peer().presence.load(std::memory_order_relaxed)) == presence::dead;
@@ -409,8 +411,8 @@ void endpoint::enter(std::optional<unsigned> node) {
   locks.unlock(gate_byte);
 }
 
-/// Writes whose this end is into its entry.
-void endpoint::hold(process_identity process) noexcept {
+/// Writes whose this end is into its entry, and which node it asked for.
+void endpoint::hold(process_identity process, std::optional<unsigned> node) noexcept {
   const boot_identity boot = this_boot();
   end_entry& mine = own();
   // relaxed, all of them: the incarnation below releases them.
@@ -421,6 +423,7 @@ void endpoint::hold(process_identity process) noexcept {
   mine.doorbell.store(0, std::memory_order_relaxed);
   mine.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);
   mine.cpu.store(0, std::memory_order_relaxed);
+  if (node) header_->node_asked.store(*node + 1, std::memory_order_relaxed);
   // release: pairs with the acquire in watch_peer and announce_hub, which must not take a number for the process that
   // held the role before.
   mine.incarnation.fetch_add(1, std::memory_order_release);
@@ -429,6 +432,7 @@ void endpoint::hold(process_identity process) noexcept {
 
 endpoint::to_hand_over endpoint::make_handed_over(role mine, const memory_name& name, const message_shape& shape,
                                                   const channel_options& options, bool barrier) {
+  learn_who_we_are();
   to_hand_over made{std::unique_ptr<endpoint>{new endpoint}, {}};
   endpoint& end = *made.end;
   end.name_ = name;
@@ -443,19 +447,17 @@ endpoint::to_hand_over endpoint::make_handed_over(role mine, const memory_name& 
   plan.bytes = header.segment_bytes;
   plan.pages = shared_wishes_of(mine, options);
   plan.fill = [&](std::byte* memory) {
-    auto& filled = *::new (static_cast<void*>(memory)) segment_header{};
-    fill_header(filled, shape, capacity, header.barrier);
-    // relaxed: nobody else has it yet.
-    filled.node_asked.store(options.node ? *options.node + 1 : 0, std::memory_order_relaxed);
+    fill_header(*::new (static_cast<void*>(memory)) segment_header{}, shape, capacity, header.barrier);
   };
   end.segment_ = make_sealed_segment(name, plan, made.memory);
   end.adopt(*std::launder(reinterpret_cast<segment_header*>(end.segment_.map.data())), header, mine, options);
-  end.enter_handed_over_memory();
+  end.enter_handed_over_memory(options.node);
   return made;
 }
 
 std::unique_ptr<endpoint> endpoint::enter_handed_over(role mine, const memory_name& name, int memory,
                                                       const message_shape& shape, const channel_options& options) {
+  learn_who_we_are();
   std::unique_ptr<endpoint> made{new endpoint};
   made->name_ = name;
   made->text_ = name.text();
@@ -488,19 +490,17 @@ std::unique_ptr<endpoint> endpoint::enter_handed_over(role mine, const memory_na
       shared_wishes_of(mine, options));
   if (options.node) made->segment_.map.ask_for_node(*options.node, channel);
   made->adopt(*std::launder(reinterpret_cast<segment_header*>(made->segment_.map.data())), checked, mine, options);
-  // relaxed: a wish, on which nothing hangs but where the pages are.
-  if (options.node) made->header_->node_asked.store(*options.node + 1, std::memory_order_relaxed);
-  made->enter_handed_over_memory();
+  made->enter_handed_over_memory(options.node);
   return made;
 }
 
-void endpoint::enter_handed_over_memory() {
+void endpoint::enter_handed_over_memory(std::optional<unsigned> node) {
   // No gate: there are two ends, each of whom enters once, and the peer could hold it for ever.
   if (!segment_.locks.try_lock(byte_of(role_))) {
     fail(errc::end_in_use, text_ + ": expected no living " + std::string{to_string(role_)} + ", found one");
   }
   // No process is named: the peer rings the line, and is told nothing by which it could find our mailbox.
-  hold({});
+  hold({}, node);
   // release: pairs with the acquire in look_at_peer.
   own().presence.store(static_cast<std::uint32_t>(presence::awake), std::memory_order_release);
   keep_from_children();
@@ -717,11 +717,7 @@ void endpoint::close() noexcept {
   ring(claim_ring(peer_word(), barrier_));
   if (at_the_gate && peer_has_left()) {
     // Messages for a receiver that has yet to come keep the name; otherwise the last one out removes it.
-    const bool undelivered =
-        header_->lane.tail.load(std::memory_order_relaxed) != header_->lane.head.load(std::memory_order_relaxed);
-    const bool receiver_to_come =
-        role_ == role::sender && static_cast<presence>(peer_word().load(std::memory_order_relaxed)) == presence::vacant;
-    if (!(undelivered && receiver_to_come) && !name_.outlives_its_ends()) remove_name(name_, segment_.locks);
+    if (!holds_a_deposit(*header_) && !name_.outlives_its_ends()) remove_name(name_, segment_.locks);
   }
   // Closing the descriptor, in the destructor of segment_, drops this end's lock and the gate at once.
 }

@@ -1,6 +1,5 @@
 module;
 #include <asio/any_io_executor.hpp>
-#include <asio/error.hpp>
 #include <asio/execution.hpp>
 #include <asio/execution_context.hpp>
 #include <asio/io_context.hpp>
@@ -94,6 +93,9 @@ asio::any_io_executor without_strand(asio::any_io_executor executor) {
 /// |-----------------|------------------------------|--------------------------------|--------------------------------------|
 /// | state_          | turn, and who makes resident | the same                       | Dekker with inbox_, hence seq_cst    |
 /// | inbox_          | any thread pushes            | the turn takes all             | Dekker with state_, hence seq_cst    |
+/// | shared_, stopped_ | any thread                 | the turn, to end early         | relaxed                              |
+/// | executor_       | use, once                    | who posts a turn               | call_once                            |
+/// | ended_          | shutdown                     | whoever is freed then          | nothing else of the context runs     |
 /// | everything else | the holder of mutex_         | the same                       | the mutex                            |
 ///
 /// A turn holds mutex_ throughout. In a context with one thread nobody ever waits for it.
@@ -201,8 +203,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
     std::exception_ptr error;
     {
       const std::lock_guard lock{mutex_};
-      hub* const outer_current = std::exchange(current_hub, this);
-      hub* const outer_turning = std::exchange(turning_hub, this);
+      const within_turn turning{this};
       wake_up();
       absorb_inbox();
       const auto attempt = [&](auto step) {
@@ -231,8 +232,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
       }
       cursor_ = nullptr;
       destroy_roots();
-      turning_hub = outer_turning;
-      current_hub = outer_current;
+      if (!error) error = std::exchange(error_, nullptr);
     }
     if (error) std::rethrow_exception(error);
   }
@@ -245,10 +245,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
   void remove_root(hub_root& root, std::exception_ptr error) noexcept override {
     const auto lock = lock_unless_turning();
     roots_.remove(root);
-    if (!error || error_) return;
-    error_ = std::move(error);
-    // relaxed: the turn that looks at it is the one that resumed the coroutine; others only end early.
-    failed_.store(true, std::memory_order_relaxed);
+    if (!error_) error_ = std::move(error);
   }
 
  private:
@@ -283,6 +280,23 @@ class asio_hub final : public asio::execution_context::service, public hub {
   void notify_fork(asio::execution_context::fork_event event) override {
     if (event == asio::execution_context::fork_child && executor_ && make_resident()) post_turn();
   }
+
+  /// While it lives, this thread is in the hub's turn. The mutex must be held.
+  class within_turn {
+   public:
+    explicit within_turn(hub* of) noexcept
+        : current_{std::exchange(current_hub, of)}, turning_{std::exchange(turning_hub, of)} {}
+    ~within_turn() {
+      turning_hub = turning_;
+      current_hub = current_;
+    }
+    within_turn(const within_turn&) = delete;
+    within_turn& operator=(const within_turn&) = delete;
+
+   private:
+    hub* current_;
+    hub* turning_;
+  };
 
   void destroy_roots() noexcept {
     while (hub_root* root = roots_.first()) {
@@ -365,9 +379,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   /// Completes timers whose time has come, but no more than a pass does.
   void ring_timers(std::int64_t now) {
-    for (int completed = 0;
-         completed < most_completions_between_clocks && timer_due(now) && !failed_.load(std::memory_order_relaxed);
-         ++completed) {
+    for (int completed = 0; completed < most_completions_between_clocks && timer_due(now) && !error_; ++completed) {
       hub_timer& timer = *timers_.front();
       remove(timer);
       timer.complete(timer);
@@ -456,8 +468,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
     {
       const std::lock_guard lock{mutex_};
       bool resident = first == nullptr;
-      hub* const outer_current = std::exchange(current_hub, this);
-      hub* const outer_turning = std::exchange(turning_hub, this);
+      const within_turn turning{this};
       try {
         if (first != nullptr) {
           appended_ = false;
@@ -474,12 +485,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
         cursor_ = nullptr;
         if (resident || make_resident()) post_turn();
       }
-      turning_hub = outer_turning;
-      current_hub = outer_current;
-      if (!error) {
-        error = std::exchange(error_, nullptr);
-        failed_.store(false, std::memory_order_relaxed);
-      }
+      if (!error) error = std::exchange(error_, nullptr);
     }
     if (error) std::rethrow_exception(error);
   }
@@ -505,7 +511,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
     looked_ = 0;
     const bool alone = waiters_.single();
     if (cursor_ == nullptr) cursor_ = waiters_.first();
-    while (cursor_ != nullptr && completed < completions_between_clocks_ && !failed_.load(std::memory_order_relaxed)) {
+    while (cursor_ != nullptr && completed < completions_between_clocks_ && !error_) {
       hub_waiter& waiter = *cursor_;
       cursor_ = waiter.next;
       ++looked_;
@@ -528,7 +534,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
       // No clock of their own: `last` is as old as a few looks or completions.
       if (timer_due(last)) {
         // Some may always be due again; a pass lies between.
-        if (rang && leave(shared, last - began)) {
+        if (rang && slice_over(shared, last - began)) {
           post_turn_behind_others();
           return;
         }
@@ -540,7 +546,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
         if (idle_looks_ >= looks_between_clocks) spin_.answered();
         idle_looks_ = 0;
         completions += completed;
-        if (completions < completions_between_clocks_ && !failed_.load(std::memory_order_relaxed)) continue;
+        if (completions < completions_between_clocks_ && !error_) continue;
         completions = 0;
         const std::int64_t now = now_ns();
         completions_between_clocks_ = now - last > between_clocks_ns
@@ -568,7 +574,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
           spin_.in_vain();
         } else {
           last = now;
-          if (!leave(shared, now - began)) continue;
+          if (!slice_over(shared, now - began)) continue;
           post_turn_behind_others();
           return;
         }
@@ -579,16 +585,16 @@ class asio_hub final : public asio::execution_context::service, public hub {
         }
         last = now;
       }
-      if (!leave(shared, last - began)) continue;
+      if (!slice_over(shared, last - began)) continue;
       post_turn_behind_others();
       return;
     }
   }
 
   /// Whether others have waited long enough.
-  [[nodiscard]] bool leave(bool shared, std::int64_t elapsed) const noexcept {
-    return (shared && elapsed >= slice_ns) || stopped_.load(std::memory_order_relaxed) ||
-           failed_.load(std::memory_order_relaxed) || shared != shared_.load(std::memory_order_relaxed);
+  [[nodiscard]] bool slice_over(bool shared, std::int64_t elapsed) const noexcept {
+    return (shared && elapsed >= slice_ns) || stopped_.load(std::memory_order_relaxed) || error_ != nullptr ||
+           shared != shared_.load(std::memory_order_relaxed);
   }
 
   static constexpr std::int64_t forever = std::numeric_limits<std::int64_t>::max();
@@ -626,52 +632,42 @@ class asio_hub final : public asio::execution_context::service, public hub {
 
   /// Announces, looks once more, and leaves the context to its reactor. False: there was something.
   bool park() {
+    announced_ = true;
+    if (fall_asleep()) return true;
+    take_back_all();
+    return false;
+  }
+
+  bool fall_asleep() {
     bool by_process = false;
     bool by_machine = false;
     bool by_fence = false;
-    announced_ = true;
     for (hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) {
-      if (waiter->end == nullptr) {
-        take_back_all();
-        return false;  // it wants its turn
-      }
+      if (waiter->end == nullptr) return false;  // it wants its turn
       try {
         waiter->end->announce_hub(bell_.number());
       } catch (const std::system_error&) {
-        // No thread could be had for the relay that this end needs, or no descriptor for its line: stay awake.
-        take_back_all();
-        return false;
+        return false;  // no thread for the relay that this end needs, or no descriptor for its line: stay awake
       }
       by_process = by_process || waiter->end->barrier() == store_load::by_process_barrier;
       by_machine = by_machine || waiter->end->barrier() == store_load::by_machine_barrier;
       by_fence = by_fence || waiter->end->barrier() == store_load::by_fence;
     }
-    if (bell_.lines() >= 0 && !lines_wait_.descriptor && !wait_for_lines()) {
-      take_back_all();
-      return false;
-    }
+    if (bell_.lines() >= 0 && !lines_wait_.descriptor && !wait_for_lines()) return false;
     if (by_fence) heavy_barrier(store_load::by_fence);
     if (by_process) heavy_barrier(store_load::by_process_barrier);
     if (by_machine) heavy_barrier(store_load::by_machine_barrier);
     for (hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) {
-      if (waiter->ready(*waiter, false)) {
-        take_back_all();
-        return false;
-      }
+      if (waiter->ready(*waiter, false)) return false;
     }
     for (hub_waiter* waiter = waiters_.first(); waiter != nullptr; waiter = waiter->next) {
-      if (!waiter->end->hub_sleeps()) {
-        take_back_all();
-        return false;
-      }
+      if (!waiter->end->hub_sleeps()) return false;
     }
     parked_at_ = now_ns();
     arm(bell_wait_);
     if (lines_wait_.descriptor) arm(lines_wait_);
     set_alarm();
-    if (rest(hub_state::parked)) return true;
-    take_back_all();
-    return false;
+    return rest(hub_state::parked);
   }
 
   /// A wait of the reactor's for the doorbell, or for the lines of those who may not have it.
@@ -760,7 +756,6 @@ class asio_hub final : public asio::execution_context::service, public hub {
   intrusive_list<hub_root> roots_;
   /// What left a coroutine of ours; the turn ends and throws it.
   std::exception_ptr error_;
-  std::atomic<bool> failed_{false};
 };
 
 asio::execution_context::id asio_hub::id;

@@ -26,6 +26,7 @@ module;
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -221,25 +222,23 @@ class body {
     }
   }
 
+  struct beginning {
+    std::span<const std::byte> bytes;
+    /// Of the whole.
+    std::uint64_t size = 0;
+  };
   /// Its first bytes, as many as fit and are there. Nothing: a companion without segment, or with an unfinished one; its
   /// creator died half-way, or is still at work.
-  [[nodiscard]] std::optional<std::span<const std::byte>> read(std::vector<std::byte>& into) const {
+  [[nodiscard]] std::optional<beginning> read(std::vector<std::byte>& into) const {
     if (name_.scheme == memory_scheme::system_v) {
-      const auto found = find();
+      const auto found = find(into);
       if (!found || !found->finished) return std::nullopt;
-      return std::span{into}.first(read_system_v(name_, *found, into));
+      return beginning{std::span{into}.first(found->copied), found->bytes};
     }
     const ::ssize_t got = ::pread(descriptor_, into.data(), into.size(), 0);
     if (got < 0) fail_errno(errno, name_.text() + ": reading the header of " + name_.path());
-    return std::span{into}.first(static_cast<std::size_t>(got));
-  }
-
-  [[nodiscard]] std::uint64_t size() const {
-    if (name_.scheme == memory_scheme::system_v) {
-      const auto found = find();
-      return found ? found->bytes : 0;
-    }
-    return static_cast<std::uint64_t>(status().st_size);
+    return beginning{std::span{into}.first(static_cast<std::size_t>(got)),
+                     static_cast<std::uint64_t>(status().st_size)};
   }
 
   /// Maps it, with every byte really there. The gate must be held.
@@ -283,8 +282,8 @@ class body {
   }
 
  private:
-  [[nodiscard]] std::optional<system_v_segment> find() const {
-    return find_system_v(name_, companion_, status().st_uid);
+  [[nodiscard]] std::optional<system_v_segment> find(std::span<std::byte> into = {}) const {
+    return find_system_v(name_, companion_, status().st_uid, into);
   }
 
   const memory_name& name_;
@@ -870,14 +869,15 @@ void mapping::furnish(const page_wishes& wishes, const std::string& what) {
   // A file of hugetlbfs was allocated where its maker ran: its pages know the wish of a mapping only from now on. Why it
   // cannot be fulfilled was told when it was made.
   if (wishes.node) (void)move_to(*wishes.node);
-  if (transparent && wishes.prefault && refused == 0 && facts_of(data_, extent_).transparent_bytes < extent_) {
-    // A file system in memory makes huge pages by itself only where its mount says so; asked for it, it makes them of the
-    // small ones. Not before Linux 6.1.
-    if (::madvise(data_, extent_, collapse) != 0) refused = errno;
-    populate();  // the collapsed pages are to be mapped again
-  }
   if (transparent) {
-    const std::size_t had = facts_of(data_, extent_).transparent_bytes;
+    std::size_t had = facts_of(data_, extent_).transparent_bytes;
+    if (had < extent_ && wishes.prefault && refused == 0) {
+      // A file system in memory makes huge pages by itself only where its mount says so; asked for it, it makes them of
+      // the small ones. Not before Linux 6.1.
+      if (::madvise(data_, extent_, collapse) != 0) refused = errno;
+      populate();  // the collapsed pages are to be mapped again
+      had = facts_of(data_, extent_).transparent_bytes;
+    }
     if (had < extent_) {
       std::string reason = "transparent huge pages: expected " + std::to_string(extent_) + " bytes of them, found " +
                            std::to_string(had);
@@ -1091,7 +1091,7 @@ segment open_segment(
     std::vector<std::byte> header(header_bytes);
     // A foreign file must stay as it is, and its locks are not ours to wait for: look before we lock.
     // (Of a companion we know by now that it is one, and its segment may be replaced at any moment.)
-    if (name.scheme != memory_scheme::system_v) (void)bytes_to_map(contents.read(header).value());
+    if (name.scheme != memory_scheme::system_v) (void)bytes_to_map(contents.read(header).value().bytes);
     found.locks.lock(gate_byte);
     if (!still_named(path, descriptor)) continue;  // the last one left while we waited for the gate
     const auto beginning = contents.read(header);
@@ -1109,7 +1109,7 @@ segment open_segment(
       contents.remove("to remove what a creator left that died");
       continue;
     }
-    const verdict judged = examine(*beginning, contents.size(), found.locks);
+    const verdict judged = examine(beginning->bytes, beginning->size, found.locks);
     if (judged == verdict::replace) {
       contents.remove("to replace what a crash left");
       continue;
@@ -1122,7 +1122,7 @@ segment open_segment(
     if (contents.status().st_nlink > 1 && still_named(makeshift, descriptor)) ::unlink(makeshift.c_str());
     page_wishes wishes = plan.pages;
     wishes.node.reset();  // where they are, they are; the end that enters may have them moved
-    found.map = contents.map(bytes_to_map(*beginning), wishes);
+    found.map = contents.map(bytes_to_map(beginning->bytes), wishes);
     found.map.furnish(wishes, name.text());
     return found;
   }
@@ -1173,12 +1173,30 @@ bool lost_its_companion(const memory_name& name) {
 void read_beginning(const memory_name& name, const body& contents, std::size_t header_bytes, segment_look& look) {
   look.header.resize(header_bytes);
   const auto beginning = contents.read(look.header);
-  const std::uint64_t size = beginning ? contents.size() : 0;
-  // A System V segment may be removed between the two, which leaves its companion for a moment.
-  const bool removed = name.scheme == memory_scheme::system_v && size == 0;
-  look.unfinished = is_makeshift(name) || !beginning || removed;
-  look.header.resize(look.unfinished ? 0 : beginning->size());
-  look.size = look.unfinished ? 0 : size;
+  look.unfinished = is_makeshift(name) || !beginning;
+  look.header.resize(look.unfinished ? 0 : beginning->bytes.size());
+  look.size = look.unfinished ? 0 : beginning->size;
+}
+
+/// One look at what is under the name. Nothing: it was replaced meanwhile.
+std::optional<segment_look> try_to_look(const memory_name& name, int access, std::size_t header_bytes) {
+  segment_look look = open_to_look(name, access);
+  look.gate_held = look.locks.held_by_other(gate_byte);
+  // Of a System V segment only the companion tells that all of it was of one.
+  const auto is_still_there = [&] {
+    return name.scheme != memory_scheme::system_v || still_named(name.path(), look.locks.descriptor());
+  };
+  try {
+    read_beginning(name, body{name, look.locks.descriptor()}, header_bytes, look);
+  } catch (const std::system_error&) {
+    // The key may lead to the segment of a later companion, which that of ours says nothing of.
+    if (is_still_there()) throw;
+    return std::nullopt;
+  }
+  // Once more: whoever was at the gate then may have gone, and somebody else have come to remove it.
+  if (look.unfinished) look.gate_held = look.gate_held || look.locks.held_by_other(gate_byte);
+  if (!is_still_there()) return std::nullopt;
+  return look;
 }
 
 /// Where the file is that a process has open as `link`, whose target /proc gives as `path`; empty when it has no name.
@@ -1306,18 +1324,7 @@ segment_look look_at_segment(const memory_name& name, std::size_t header_bytes) 
       look.unfinished = true;
       return look;
     }
-    segment_look look = open_to_look(name, O_RDONLY);
-    look.gate_held = look.locks.held_by_other(gate_byte);
-    try {
-      read_beginning(name, body{name, look.locks.descriptor()}, header_bytes, look);
-    } catch (const std::system_error&) {
-      // The key may lead to the segment of a later companion, which that of ours says nothing of.
-      if (name.scheme != memory_scheme::system_v || still_named(name.path(), look.locks.descriptor())) throw;
-      continue;
-    }
-    // Once more: whoever was at the gate then may have gone, and somebody else have come to remove it.
-    if (look.unfinished) look.gate_held = look.gate_held || look.locks.held_by_other(gate_byte);
-    if (name.scheme != memory_scheme::system_v || still_named(name.path(), look.locks.descriptor())) return look;
+    if (auto look = try_to_look(name, O_RDONLY, header_bytes)) return std::move(*look);
   }
 }
 
@@ -1330,10 +1337,9 @@ void remove_segment(const memory_name& name, std::size_t header_bytes,
       if (nursling{name, segment_plan{}}.come_as_companion()) return;
     }
     // For writing: only then may the gate be locked.
-    segment_look look = open_to_look(name, O_RDWR);
-    look.gate_held = look.locks.held_by_other(gate_byte);
-    const body contents{name, look.locks.descriptor()};
-    read_beginning(name, contents, header_bytes, look);
+    auto found = try_to_look(name, O_RDWR, header_bytes);
+    if (!found) continue;
+    segment_look& look = *found;
     examine(look);
     // Entering and leaving take microseconds; who is at the gate for longer is stopped there, and lives.
     if (!look.locks.lock_within(gate_byte, std::chrono::seconds{1})) {
@@ -1342,6 +1348,7 @@ void remove_segment(const memory_name& name, std::size_t header_bytes,
     }
     if (!still_named(name.path(), look.locks.descriptor())) continue;  // look at what is there now, if anything
     look.gate_held = false;
+    const body contents{name, look.locks.descriptor()};
     read_beginning(name, contents, header_bytes, look);
     examine(look);
     contents.remove("to remove what nobody uses");

@@ -61,11 +61,11 @@ void unlock_doorbells() {
 }
 namespace {
 
-/// Puts what `fresh` is in the place of `old`, which is closed first, so that there is room for a new one.
+/// Puts what `open` makes in the place of `old`, which is closed first, so that there is room for a new one.
 template <class Open>
-void renew(int old, Open fresh_one) noexcept {
+void renew(int old, Open open) noexcept {
   ::close(old);
-  const int fresh = fresh_one();
+  const int fresh = open();
   if (fresh >= 0 && fresh != old) {
     ::dup3(fresh, old, O_CLOEXEC);
     ::close(fresh);

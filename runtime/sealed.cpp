@@ -6,7 +6,6 @@ module;
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -14,8 +13,6 @@ module;
 #include <span>
 #include <string>
 #include <string_view>
-#include <system_error>
-#include <utility>
 #include <vector>
 module strait.memory;
 
@@ -62,12 +59,13 @@ segment make_sealed_segment(const memory_name& name, const segment_plan& plan, u
     const fork_pause pause;
     to_hand_over = unshared_descriptor{pause, ::memfd_create(label.c_str(), flags)};
   };
-  // Gives it its size; later, whether there is memory for all of it.
+  // Gives it its size.
   std::size_t bytes = plan.bytes;
   const auto set_size = [&] {
     bytes = file_bytes(to_hand_over.get(), plan.bytes, plan.pages);
     return ::ftruncate(to_hand_over.get(), static_cast<::off_t>(bytes)) == 0 ? 0 : errno;
   };
+  // Whether there is memory for all of it.
   const auto allocate = [&](int mode) {
     int error = 0;
     do {

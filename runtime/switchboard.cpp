@@ -173,7 +173,7 @@ class switchboard {
   void watch(process_identity process, process_watcher& watcher) {
     std::erase_if(watched_, [&](const watched& entry) { return entry.watcher == &watcher; });
     start_sentry();  // before the entry is made, which nobody would look at if there is no thread to be had
-    watched_.push_back({&watcher, process, false, -1});
+    watched_.push_back({&watcher, process, false});
     if (connect_to(process) == nullptr) {
       watched_.back().look_again = true;
       poke();
@@ -557,12 +557,14 @@ void watch_line(int line, process_watcher& watcher) {
 }
 
 void unwatch_process(process_watcher& watcher) noexcept {
-  auto& here = board();
+  // acquire: as in board(). None: nothing was ever watched, and making one may fail.
+  auto* const here = current_switchboard.load(std::memory_order_acquire);
+  if (here == nullptr) return;
   std::thread idle;
   {
-    const std::lock_guard lock{here.mutex};
-    here.unwatch(watcher);
-    idle = here.stop_sentry_if_idle();
+    const std::lock_guard lock{here->mutex};
+    here->unwatch(watcher);
+    idle = here->stop_sentry_if_idle();
   }
   if (idle.joinable()) idle.join();
 }

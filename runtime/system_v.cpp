@@ -1,8 +1,6 @@
 module;
 #include <errno.h>
-#include <fcntl.h>
 #include <sys/ipc.h>
-#include <sys/mman.h>
 #include <sys/shm.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -16,6 +14,7 @@ module;
 #include <cstring>
 #include <fstream>
 #include <memory>
+#include <new>
 #include <optional>
 #include <span>
 #include <string>
@@ -182,7 +181,7 @@ system_v_companion system_v_companion::of(std::uint64_t bytes) {
 }
 
 std::optional<system_v_segment> find_system_v(const memory_name& name, const system_v_companion& companion,
-                                              std::optional<unsigned> owner) {
+                                              std::optional<unsigned> owner, std::span<std::byte> into) {
   if (companion.ipc_namespace != this_ipc_namespace()) {
     fail(errc::foreign_segment, name.text() + ": expected a channel of this IPC namespace (" +
                                     std::to_string(this_ipc_namespace()) + "), found one of namespace " +
@@ -222,6 +221,8 @@ std::optional<system_v_segment> find_system_v(const memory_name& name, const sys
                          [](std::byte one) { return one != std::byte{0}; })) {
     refuse("of " + std::to_string(state.shm_segsz) + " bytes without a strait label");
   }
+  found.copied = static_cast<std::size_t>(std::min<std::uint64_t>(into.size(), found.bytes));
+  if (found.copied != 0) std::memcpy(into.data(), seen.data(), found.copied);
   return found;
 }
 
@@ -264,17 +265,6 @@ mapping make_system_v(const memory_name& name, const segment_plan& plan) {
 int remove_system_v(const system_v_segment& segment) noexcept {
   if (::shmctl(segment.identifier, IPC_RMID, nullptr) == 0 || errno == EINVAL || errno == EIDRM) return 0;
   return errno;
-}
-
-std::size_t read_system_v(const memory_name& name, const system_v_segment& segment, std::span<std::byte> into) {
-  const attachment seen{segment.identifier, SHM_RDONLY};
-  if (seen.data() == nullptr) {
-    if (errno == EINVAL || errno == EIDRM) return 0;  // removed since
-    fail_to_attach(name, segment.identifier, errno);
-  }
-  const auto count = static_cast<std::size_t>(std::min<std::uint64_t>(into.size(), segment.bytes));
-  std::memcpy(into.data(), seen.data(), count);
-  return count;
 }
 
 std::vector<std::string> labelled_system_v() {

@@ -204,8 +204,9 @@ std::optional<unsigned> node_of_cpu(unsigned cpu) {
   // The kernel links a CPU's folder to that of its node under the name "node1".
   std::error_code error;
   const std::filesystem::path folder{"/sys/devices/system/cpu/cpu" + std::to_string(cpu)};
-  for (const auto& entry : std::filesystem::directory_iterator{folder, error}) {
-    const std::string name = entry.path().filename().string();
+  for (std::filesystem::directory_iterator entry{folder, error}, end_of_folder; !error && entry != end_of_folder;
+       entry.increment(error)) {
+    const std::string name = entry->path().filename().string();
     constexpr std::string_view prefix = "node";
     unsigned node = 0;
     if (!name.starts_with(prefix)) continue;

@@ -374,6 +374,19 @@ TEST_CASE("a stop that is only requested lets tasks end in their own time") {
   CHECK(ended == 8);
 }
 
+TEST_CASE("what leaves a task of nobody's while its runtime stops is thrown by join") {
+  strait::runtime rt{workers(1)};
+  std::atomic<bool> began{false};
+  // Through the executor: the runtime keeps no count of it.
+  strait::spawn(strait::executor(rt.node(0)), [](std::stop_token token, std::atomic<bool>& in) -> strait::task<> {
+    in = true;
+    co_await (strait::sleep_for(std::chrono::hours{1}) | strait::stop_on(token));
+  }(rt.stop_token(), began));
+  REQUIRE(eventually([&] { return began.load(); }));
+  rt.stop();
+  CHECK_THROWS_AS(rt.join(), std::system_error);
+}
+
 TEST_CASE("a task stops its runtime") {
   strait::runtime rt{workers(2)};
   rt.spawn([](strait::runtime& own) -> strait::task<> {

@@ -383,12 +383,38 @@ auto async_send(sender<T>& to, U&& message, Token&& token) {
       detail::whole<operation>{operation{to, T(std::forward<U>(message)), {}}}, std::forward<Token>(token));
 }
 
-/// The same of a duplex.
+/// Sends all messages of the span, which must live until then; any completion token. Signature:
+/// `void(std::error_code, std::size_t)`: how many were sent, which is all of them without an error.
+///
+/// Waits: as `async_send`. Cancel safety: what was sent before the cancellation stays sent, and is told. Allocates: as
+/// `async_recv`. Errors: as `async_send`. Complexity: linear in the messages.
+template <class T, class Token>
+  requires std::is_trivially_copyable_v<T>
+auto async_send_many(sender<T>& to, std::type_identity_t<std::span<const T>> messages, Token&& token) {
+  using operation = typename sender<T>::template send_many_operation<>;
+  return detail::start<detail::whole<operation>, void(std::error_code, std::size_t)>(
+      detail::whole<operation>{operation{to, messages, {}}}, std::forward<Token>(token));
+}
+
+/// Reserves room for 1 to `n` messages in the lane itself; any completion token. Signature:
+/// `void(std::error_code, strait::permit<T>)`.
+///
+/// Waits: as `async_send`. Cancel safety: nothing happened. Allocates: as `async_recv`. Errors: as `async_send`.
+/// Complexity: constant.
+template <class T, class Token>
+  requires std::is_trivially_copyable_v<T>
+auto async_reserve(sender<T>& to, std::size_t n, Token&& token) {
+  using operation = typename sender<T>::template reserve_operation<>;
+  return detail::start<detail::whole<operation>, void(std::error_code, permit<T>)>(
+      detail::whole<operation>{operation{to, n, {}}}, std::forward<Token>(token));
+}
+
+/// The same as `async_recv` of a receiver, for a duplex.
 template <class In, class Out, class Token>
 auto async_recv(duplex<In, Out>& from, Token&& token) {
   return async_recv(from.in, std::forward<Token>(token));
 }
-/// The same of a duplex.
+/// The same as `async_send` of a sender, for a duplex.
 template <class In, class Out, class U, class Token>
 auto async_send(duplex<In, Out>& to, U&& message, Token&& token) {
   return async_send(to.out, std::forward<U>(message), std::forward<Token>(token));
@@ -416,32 +442,6 @@ auto async_connect(std::string_view name, Token&& token, const connect_options& 
       detail::arriving<operation>{
           operation{std::make_unique<caller>(name, duplex_shape_of<In, Out>, options), errors_thrown{}}},
       std::forward<Token>(token));
-}
-
-/// Sends all messages of the span, which must live until then; any completion token. Signature:
-/// `void(std::error_code, std::size_t)`: how many were sent, which is all of them without an error.
-///
-/// Waits: as `async_send`. Cancel safety: what was sent before the cancellation stays sent, and is told. Allocates: as
-/// `async_recv`. Errors: as `async_send`. Complexity: linear in the messages.
-template <class T, class Token>
-  requires std::is_trivially_copyable_v<T>
-auto async_send_many(sender<T>& to, std::type_identity_t<std::span<const T>> messages, Token&& token) {
-  using operation = typename sender<T>::template send_many_operation<>;
-  return detail::start<detail::whole<operation>, void(std::error_code, std::size_t)>(
-      detail::whole<operation>{operation{to, messages, {}}}, std::forward<Token>(token));
-}
-
-/// Reserves room for 1 to `n` messages in the lane itself; any completion token. Signature:
-/// `void(std::error_code, strait::permit<T>)`.
-///
-/// Waits: as `async_send`. Cancel safety: nothing happened. Allocates: as `async_recv`. Errors: as `async_send`.
-/// Complexity: constant.
-template <class T, class Token>
-  requires std::is_trivially_copyable_v<T>
-auto async_reserve(sender<T>& to, std::size_t n, Token&& token) {
-  using operation = typename sender<T>::template reserve_operation<>;
-  return detail::start<detail::whole<operation>, void(std::error_code, permit<T>)>(
-      detail::whole<operation>{operation{to, n, {}}}, std::forward<Token>(token));
 }
 
 /// Any awaited operation for an `asio::awaitable<T, Executor>` whose executor is not Asio's default:
@@ -682,8 +682,6 @@ template <class Initiation, class... Results, class... Arguments>
 class [[nodiscard]] op_awaiter<Initiation, void(Results...), Arguments...> {
  public:
   static constexpr bool sets_errors = true;
-  /// May stand in a selection as it is, without being moved into it, and go on beyond it.
-  static constexpr bool lendable = true;
 
   template <class I, class... A>
   explicit op_awaiter(std::error_code* error, I&& initiation, A&&... arguments)
