@@ -813,7 +813,7 @@ strait::task<> every_form(strait::sender<std::uint64_t>& tx, strait::receiver<st
 TEST_CASE("every form beside every other, in lanes of every size: each message once, in order") {
   for (const std::size_t capacity : {1U, 2U, 8U, 16U, 64U, 1024U, 4096U}) {
     asio::io_context context{1};
-    auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = capacity});
+    auto [tx, rx] = test::make_channel<std::uint64_t>({.capacity = capacity});
     std::uint64_t passed = 0;
     strait::spawn(context, every_form(tx, rx, std::minstd_rand{static_cast<unsigned>(capacity)}, 2000, passed));
     context.run();
@@ -825,7 +825,7 @@ TEST_CASE("every form beside every other, in lanes of every size: each message o
 TEST_CASE("a peer that closes between two awaited operations is seen by the second, however ready that is") {
   asio::io_context context{1};
   strait::spawn(context, []() -> strait::task<> {
-    auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = 64});
+    auto [tx, rx] = test::make_channel<std::uint64_t>({.capacity = 64});
     for (std::uint64_t i = 0; i < 10; ++i) co_await tx.send(i);
     // Three are known to be there and taken at once, then the sender closes.
     for (std::uint64_t i = 0; i < 3; ++i) CHECK(co_await rx.recv() == i);
@@ -835,7 +835,7 @@ TEST_CASE("a peer that closes between two awaited operations is seen by the seco
     CHECK(!end);
   }());
   strait::spawn(context, []() -> strait::task<> {
-    auto [tx, rx] = strait::make_channel<std::uint64_t>({.capacity = 64});
+    auto [tx, rx] = test::make_channel<std::uint64_t>({.capacity = 64});
     for (std::uint64_t i = 0; i < 3; ++i) co_await tx.send(i);  // and 61 more are known to have room
     rx.close();
     std::error_code why;

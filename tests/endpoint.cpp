@@ -23,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "less_rights.hpp"
 #include "other_process.hpp"
 #include "segment_files.hpp"
 
@@ -938,11 +939,9 @@ TEST_CASE("endpoint: a full /dev/shm is no_space when the channel is made, and n
 
 TEST_CASE("child: nobody at the door" * doctest::skip()) {
   if (!test::is_child()) return;
-  constexpr ::uid_t nobody = 65534;
   const std::string narrow = test::parent_says();
   const std::string wide = test::parent_says();
-  REQUIRE(::setresgid(nobody, nobody, nobody) == 0);
-  REQUIRE(::setresuid(nobody, nobody, nobody) == 0);
+  test::become_nobody();
   for (const open_mode mode : all_modes) {
     check_refused(errc::no_permission, {narrow, "user 65534", "user 0", "mode 0600"},
                   [&] { (void)strait::open_receiver<order>(narrow, {.open = mode}); });

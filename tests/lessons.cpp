@@ -128,13 +128,17 @@ TEST_CASE("lesson 22: who waits in vain leaves the CPU alone, as a thread and as
   CHECK(cpu_time() - before < much);
 
   std::atomic<std::int64_t> spent{-1};
+  std::atomic<bool> waits{false};
   {
     strait::runtime rt{{.cpus = std::vector<unsigned>{strait::topology::machine().nodes().front().cpus.front()}}};
-    rt.spawn([](strait::receiver<std::uint64_t> from, std::atomic<std::int64_t>& result) -> strait::task<> {
+    rt.spawn([](strait::receiver<std::uint64_t> from, std::atomic<bool>& begins,
+                std::atomic<std::int64_t>& result) -> strait::task<> {
       const auto began = cpu_time();
+      begins = true;
       (void)co_await from.recv();
       result = (cpu_time() - began).count();
-    }(std::move(rx), spent));
+    }(std::move(rx), waits, spent));
+    test::eventually([&] { return waits.load(); });
     std::this_thread::sleep_for(wait);  // the length of the wait is what is measured
     tx.blocking_send(1U);
     rt.join();

@@ -3,8 +3,6 @@
 #include <doctest/doctest.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/filter.h>
-#include <linux/seccomp.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/eventfd.h>
@@ -32,6 +30,7 @@
 #include <thread>
 #include <utility>
 
+#include "less_rights.hpp"
 #include "other_process.hpp"
 #include "segment_files.hpp"
 
@@ -45,19 +44,6 @@ using test::check_refused;
 namespace {
 
 constexpr strait::wait_policy park = strait::wait_policy::park;
-
-/// From here on the system call fails with that errno.
-void deny(long call, int error) {
-  std::array filter{
-      ::sock_filter BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(::seccomp_data, nr)),
-      ::sock_filter BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(call), 0, 1),
-      ::sock_filter BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | static_cast<std::uint32_t>(error)),
-      ::sock_filter BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-  };
-  const ::sock_fprog program{filter.size(), filter.data()};
-  REQUIRE(::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
-  REQUIRE(::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0);
-}
 
 /// Sends as many as `receive_all` takes: several rings full, so that both ends wait for each other.
 constexpr number several_rings = 200;
@@ -137,7 +123,7 @@ TEST_CASE_TEMPLATE("limits: nothing of a channel is locked memory", memory, STRA
 
 TEST_CASE("child: may not call membarrier" * doctest::skip()) {
   if (!test::is_child()) return;
-  deny(SYS_membarrier, test::parent_says() == "ENOSYS" ? ENOSYS : EPERM);
+  test::refuse_call(SYS_membarrier, test::parent_says() == "ENOSYS" ? ENOSYS : EPERM);
   const std::string theirs = test::parent_says();
   const std::string fenced = test::parent_says();
   const std::string ours = test::parent_says();
@@ -221,10 +207,7 @@ TEST_CASE_TEMPLATE("limits: ends in two PID namespaces exchange messages, and th
 TEST_CASE("child: is another user" * doctest::skip()) {
   if (!test::is_child()) return;
   const std::string name = test::parent_says();
-  constexpr ::uid_t nobody = 65534;
-  REQUIRE(::setresgid(nobody, nobody, nobody) == 0);
-  REQUIRE(::setresuid(nobody, nobody, nobody) == 0);
-  ::prctl(PR_SET_PDEATHSIG, SIGKILL);  // the change of the user has forgotten it
+  test::become_nobody();
   auto rx = strait::open_receiver<number>(name, {.wait = park});
   for (number i = 0; i < several_rings; ++i) REQUIRE(rx.blocking_recv() == i);
   test::tell_parent("all");

@@ -34,6 +34,7 @@
 #include <utility>
 #include <vector>
 
+#include "less_rights.hpp"
 #include "other_process.hpp"
 #include "segment_files.hpp"
 
@@ -248,19 +249,6 @@ std::size_t placed_pages(const strait::page_report& report) {
   return pages;
 }
 
-/// From now on the kernel answers this system call with that errno, to this thread and what it starts.
-void refuse_call(unsigned number, unsigned error) {
-  std::array filter{
-      ::sock_filter BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(::seccomp_data, nr)),
-      ::sock_filter BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, number, 0, 1),
-      ::sock_filter BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error),
-      ::sock_filter BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-  };
-  const ::sock_fprog program{filter.size(), filter.data()};
-  REQUIRE(::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
-  REQUIRE(::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0);
-}
-
 }  // namespace
 
 TEST_CASE("memory: the report tells where the pages are, and of what kind") {
@@ -298,7 +286,7 @@ TEST_CASE("memory: pages are asked to move, and stay usable") {
 
 TEST_CASE("child: no move_pages" * doctest::skip()) {
   if (!test::is_child()) return;
-  refuse_call(SYS_move_pages, EPERM);
+  test::refuse_call(SYS_move_pages, EPERM);
   const auto report = strait::mapping::anonymous(4 * base_page(), {}).report();
   CHECK(report.nodes.empty());
   CHECK(report.nodes_refused == std::system_category().message(EPERM));
@@ -591,11 +579,9 @@ TEST_CASE("child: gives to groups" * doctest::skip()) {
   if (!test::is_child()) return;
   constexpr unsigned ours = 54321;
   constexpr unsigned other = 54322;
-  constexpr ::uid_t nobody = 65534;
   const ::gid_t member = ours;
   REQUIRE(::setgroups(1, &member) == 0);
-  REQUIRE(::setresgid(nobody, nobody, nobody) == 0);
-  REQUIRE(::setresuid(nobody, nobody, nobody) == 0);
+  test::become_nobody();
   for (const std::string_view scheme : test::named_memories) {
     CAPTURE(std::string{scheme});
     const channel_name name{"group", scheme};
@@ -844,11 +830,9 @@ TEST_CASE("memory: a segment with holes that cannot be filled is refused") {
 
 TEST_CASE("child: is nobody" * doctest::skip()) {
   if (!test::is_child()) return;
-  constexpr ::uid_t nobody = 65534;
   const std::string narrow = test::parent_says();
   const std::string wide = test::parent_says();
-  REQUIRE(::setresgid(nobody, nobody, nobody) == 0);
-  REQUIRE(::setresuid(nobody, nobody, nobody) == 0);
+  test::become_nobody();
   for (const auto mode : {open_mode::open_or_create, open_mode::create, open_mode::open}) {
     check_refused(errc::no_permission, {narrow, "user 65534", "found", "user 0", "mode 0600"},
                   [&] { (void)test_segment{.name = strait::parse_memory_name(narrow), .mode = mode}.open(); });

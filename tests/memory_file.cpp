@@ -27,6 +27,7 @@
 #include <utility>
 #include <vector>
 
+#include "less_rights.hpp"
 #include "other_process.hpp"
 #include "segment_files.hpp"
 
@@ -403,9 +404,7 @@ TEST_CASE("child: finds files that it may not write" * doctest::skip()) {
   if (!test::is_child()) return;
   const std::string file = test::parent_says();
   const std::string in_a_closed_directory = test::parent_says();
-  constexpr ::uid_t nobody = 65534;
-  REQUIRE(::setresgid(nobody, nobody, nobody) == 0);
-  REQUIRE(::setresuid(nobody, nobody, nobody) == 0);
+  test::become_nobody();
   for (const auto mode : all_modes) {
     check_refused(errc::no_permission, {file, "user 65534", "user 0", "mode 0444"},
                   [&] { (void)strait::open_sender<number>(file, {.open = mode}); });

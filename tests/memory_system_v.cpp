@@ -24,6 +24,7 @@
 #include <utility>
 #include <vector>
 
+#include "less_rights.hpp"
 #include "other_process.hpp"
 #include "segment_files.hpp"
 
@@ -360,11 +361,9 @@ TEST_CASE("sysv: the kernel's limits (shmmni, shmmax, shmall) are errors that na
 
 TEST_CASE("child: is nobody to a System V channel" * doctest::skip()) {
   if (!test::is_child()) return;
-  constexpr ::uid_t nobody = 65534;
   const std::string narrow = test::parent_says();
   const std::string wide = test::parent_says();
-  REQUIRE(::setresgid(nobody, nobody, nobody) == 0);
-  REQUIRE(::setresuid(nobody, nobody, nobody) == 0);
+  test::become_nobody();
   for (const auto mode : all_modes) {
     check_refused(errc::no_permission, {narrow, "user 65534", "user 0", "mode 0600"},
                   [&] { (void)strait::open_receiver<number>(narrow, {.open = mode}); });

@@ -3,8 +3,6 @@
 #include <doctest/doctest.h>
 #include <errno.h>
 #include <hwloc.h>
-#include <linux/filter.h>
-#include <linux/seccomp.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
@@ -28,6 +26,7 @@
 #include <utility>
 #include <vector>
 
+#include "less_rights.hpp"
 #include "other_process.hpp"
 #include "segment_files.hpp"
 
@@ -82,24 +81,6 @@ std::set<int> only(unsigned node) {
 std::unique_ptr<strait::endpoint> open(strait::role mine, const std::string& name,
                                        std::optional<unsigned> node = std::nullopt) {
   return strait::endpoint::open(mine, name, strait::shape_of<message>, {.capacity = capacity, .node = node});
-}
-
-void refuse_call(unsigned number, unsigned error) {
-  std::array filter{
-      ::sock_filter BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(::seccomp_data, nr)),
-      ::sock_filter BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, number, 0, 1),
-      ::sock_filter BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error),
-      ::sock_filter BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-  };
-  const ::sock_fprog program{filter.size(), filter.data()};
-  REQUIRE(::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
-  REQUIRE(::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0);
-}
-
-/// Without CAP_SYS_NICE, as most programs run.
-void become_nobody() {
-  REQUIRE(::setresgid(65534, 65534, 65534) == 0);
-  REQUIRE(::setresuid(65534, 65534, 65534) == 0);
 }
 
 }  // namespace
@@ -246,7 +227,7 @@ TEST_CASE("numa: a channel between two nodes of a runtime lies where its receive
 TEST_CASE("child: a sender on node 0" * doctest::skip()) {
   if (!test::is_child()) return;
   const std::string name = test::parent_says();
-  if (test::parent_says() == "nobody") become_nobody();
+  if (test::parent_says() == "nobody") test::become_nobody();
   REQUIRE_FALSE(strait::pin_this_thread(cpu_of(0)));
   auto tx = strait::open_sender<message>(name, {.capacity = capacity});
   tx.blocking_send(7);
@@ -258,7 +239,7 @@ TEST_CASE("child: a sender on node 0" * doctest::skip()) {
 TEST_CASE("child: a receiver on node 1" * doctest::skip()) {
   if (!test::is_child()) return;
   const std::string name = test::parent_says();
-  if (test::parent_says() == "nobody") become_nobody();
+  if (test::parent_says() == "nobody") test::become_nobody();
   // It is opened on the other node, as by a program whose main opens what its workers use.
   REQUIRE_FALSE(strait::pin_this_thread(cpu_of(0)));
   const auto end = open(strait::role::receiver, name);
@@ -306,7 +287,7 @@ TEST_CASE("numa: between processes, too, whichever end comes first, and without 
 TEST_CASE("child: no mbind" * doctest::skip()) {
   if (!test::is_child()) return;
   REQUIRE_FALSE(strait::pin_this_thread(cpu_of(0)));
-  refuse_call(SYS_mbind, EPERM);
+  test::refuse_call(SYS_mbind, EPERM);
   const auto asked = strait::mapping::anonymous(8192, {.node = 1}).report();
   CHECK(asked.shortfall.find("not placed on node 1: the kernel refuses mbind") != std::string::npos);
   CHECK(asked.nodes == std::vector<strait::node_share>{{0, 2}});

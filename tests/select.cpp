@@ -6,7 +6,6 @@
 #include <asio/bind_cancellation_slot.hpp>
 #include <asio/buffer.hpp>
 #include <asio/co_spawn.hpp>
-#include <asio/experimental/as_tuple.hpp>
 #include <asio/io_context.hpp>
 #include <asio/local/connect_pair.hpp>
 #include <asio/local/stream_protocol.hpp>
@@ -35,6 +34,7 @@
 #include <variant>
 #include <vector>
 
+#include "asio_moved.hpp"
 #include "coroutines.hpp"
 
 import strait;
@@ -560,9 +560,8 @@ TEST_CASE_TEMPLATE("a read that loses is cancelled and has taken nothing; one th
               co_await (in.async_read_some(asio::buffer(bytes), strait::use_op(set)) | strait::timeout(1ms));
           CHECK(none == 0);
           CHECK(set == std::errc::timed_out);
-          const auto [third, zero] =
-              co_await (in.async_read_some(asio::buffer(bytes), asio::experimental::as_tuple(strait::use_op)) |
-                        strait::timeout(1ms));
+          const auto [third, zero] = co_await (
+              in.async_read_some(asio::buffer(bytes), moved::as_tuple(strait::use_op)) | strait::timeout(1ms));
           CHECK(third == std::errc::timed_out);
           CHECK(zero == 0);
           // An operation composed of several, of which a part has been done.
