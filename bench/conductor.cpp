@@ -234,7 +234,7 @@ void pair::end_all() noexcept {
 }
 
 void pair::forget_names() noexcept {
-  if (what_.forget_names != nullptr) what_.forget_names(map_.as<control>().nonce);
+  if (what_.forget_names != nullptr) what_.forget_names(task_.memory, map_.as<control>().nonce);
 }
 
 void pair::start(process& one, const std::vector<descriptor>& inherited) {

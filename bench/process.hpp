@@ -2,7 +2,7 @@
 //
 // The conductor (`strait-demo` as the user started it) starts itself again twice for each subject of a case, as
 // producer and consumer (`conductor.hpp`). All three share one `control` block: a memfd that the two inherit. Nothing
-// here has a name in the file system, so nothing is left behind whatever ends the conductor.
+// of this has a name in the file system, so none of it is left behind whatever ends the conductor.
 #pragma once
 
 #include <array>

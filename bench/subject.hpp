@@ -33,7 +33,7 @@ struct subject {
   /// Settings of which the best counts; empty when there is nothing to set. An end is told the index.
   std::vector<std::string_view> variants = {};
   /// Removes from the system what names the ends have made, once they are gone or one has failed; in the conductor.
-  void (*forget_names)(std::uint64_t nonce) = nullptr;
+  void (*forget_names)(memory where, std::uint64_t nonce) = nullptr;
   /// Whether the ends share a ring of `capacity_for` messages. A round that fits into it would measure one end alone.
   bool is_ring = false;
   /// Whether it has both ends in the producer's process when its channels are to lie in private memory.

@@ -1,5 +1,4 @@
 // strait itself, as a user writes it: coroutines on a runtime of one worker, pinned where every other subject's end is.
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -35,14 +34,10 @@ std::string bare_name(std::uint64_t nonce, std::string_view way) {
   return fmt::format("strait-demo.{:016x}.{}", nonce, way);
 }
 
-std::string file_path(std::uint64_t nonce, std::string_view way) {
-  return std::filesystem::temp_directory_path() / bare_name(nonce, way);
-}
-
-std::string channel_name(const end& self, std::string_view way) {
-  if (self.memory() == memory::file) return "file:" + file_path(self.nonce(), way);
-  if (self.memory() == memory::system_v) return "sysv:" + bare_name(self.nonce(), way);
-  return "posix:" + bare_name(self.nonce(), way);
+std::string channel_name(memory where, std::uint64_t nonce, std::string_view way) {
+  const std::string bare = bare_name(nonce, way);
+  if (where == memory::file) return "file:" + (std::filesystem::temp_directory_path() / bare).string();
+  return (where == memory::system_v ? "sysv:" : "posix:") + bare;
 }
 
 /// The stream ended although nobody was asked to end it.
@@ -223,8 +218,8 @@ template <class M>
 strait::task<> work_of(end& self) {
   if (self.memory() == memory::handed_over) return work_over_a_socket<M>(self);
   const strait::channel_options options = options_for(self);
-  const std::string there = channel_name(self, "there");
-  const std::string back = channel_name(self, "back");
+  const std::string there = channel_name(self.memory(), self.nonce(), "there");
+  const std::string back = channel_name(self.memory(), self.nonce(), "back");
   if (self.producing()) {
     auto tx = strait::open_sender<M>(there, options);
     return producers_work<M>(self, std::move(tx),
@@ -275,14 +270,12 @@ link connect(const job&) {
   return {};
 }
 
-/// The names go as soon as both ends are in, so that nothing is left whatever ends them.
-void forget_names(std::uint64_t nonce) {
+/// Once the ends are gone: while they run, `strait ls` shows their channels.
+void forget_names(memory where, std::uint64_t nonce) {
+  if (where == memory::private_memory || where == memory::handed_over) return;  // they have none
   for (const std::string_view way : {"there", "back"}) {
-    ::shm_unlink(("/" + bare_name(nonce, way)).c_str());
-    std::error_code ignored;  // most runs make no file
-    std::filesystem::remove(file_path(nonce, way), ignored);
     try {
-      strait::remove_channel("sysv:" + bare_name(nonce, way));
+      strait::remove_channel(channel_name(where, nonce, way));
     } catch (const std::system_error& error) {
       if (error.code() != std::errc::no_such_file_or_directory) fmt::print(stderr, "strait-demo: {}\n", error.what());
     }
