@@ -2,7 +2,9 @@ module;
 #include <pthread.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <bit>
 #include <chrono>
 #include <coroutine>
 #include <cstddef>
@@ -35,8 +37,8 @@ export import strait.endpoint;
 ///    more. Operations that wait for several things, as those of `strait.select`, do this in their own way.
 ///  - `finish()`: does it. A message leaves the ring only here, or in the next, both once whoever asked for it is there
 ///    to take it: an operation that is cancelled or destroyed while it waits has taken nothing.
-///  - `at_once()`, `result_at_once()`, where an operation has them: does it without waiting, when nothing but the lane must
-///    be looked at.
+///  - `at_once()`, where an operation has it: does it without waiting, when nothing but the lane must be looked at. What
+///    `outcome()` then returns, an `at_once_outcome`, is made the result by `result_of(outcome)`.
 export namespace strait {
 
 /// What a message type is called across processes. Specialise it for types of your own: the name and version are
@@ -154,8 +156,8 @@ template <class T>
 class receiver;
 
 /// An operation, awaitable in any coroutine: in `asio::awaitable` directly, because it is one of its specialisations
-/// and so passes Asio's `await_transform` with an `await_ready()` of our own; in every other coroutine because it is a
-/// plain awaiter. Suspends only when it has to wait.
+/// and so passes Asio's `await_transform`; in every other coroutine because it has an `operator co_await`. Both lead to
+/// an awaiter of our own, which suspends only when it has to wait.
 template <class Operation>
 struct awaited {};
 
@@ -168,71 +170,66 @@ template <class Promise>
 concept asio_promise =
     requires(Promise& promise) { requires is_asio_awaitable<decltype(promise.get_return_object())>; };
 
-}  // namespace strait
+/// As much as an operation that was done at once tells its awaiter: a small message, or where a larger one lies.
+inline constexpr std::size_t at_once_outcome_bytes = 2 * sizeof(void*);
+
+/// An operation that may be done without waiting, when nothing but the lane must be looked at.
+template <class Operation>
+concept done_at_once_operation = requires(Operation& operation) { operation.at_once(); };
 
 /// The awaiter of every operation.
 ///
 /// Waits: in the hub of the coroutine's executor; that of its task; or that of this thread. Cancel safety: destroying
 /// it while it waits takes nothing. Allocates: never, unless an `asio::awaitable` has to suspend, which takes one frame
 /// from Asio's cache. Errors: `no_hub` when a coroutine that is neither Asio's nor a `task` has to wait where no hub
-/// is.
-export template <class Operation, class Executor>
-class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
+/// is. Complexity: constant.
+template <class Operation, class Executor>
+class operation_awaiter {
  public:
-  explicit awaitable(Operation operation) noexcept : operation_{std::move(operation)} {}
-  /// The operation itself, for whoever makes it part of another before it is awaited.
-  [[nodiscard]] Operation take_operation() && noexcept { return std::move(operation_); }
-  /// Moved only before it waits.
-  awaitable(awaitable&& other) noexcept : operation_{std::move(other.operation_)} {}
-  /// The same operation for coroutines of another executor.
-  template <class Other>
-  explicit awaitable(awaitable<strait::awaited<Operation>, Other>&& other) noexcept
-      : operation_{std::move(other.operation_)} {}
-  awaitable& operator=(awaitable&&) = delete;
-  ~awaitable() {
+  /// Of an operation that is not done.
+  explicit operation_awaiter(Operation&& operation) : operation_{std::move(operation)} {}
+  /// Of one that was done at once. Writes no more than it must: see `co_await`.
+  template <class Outcome>
+  explicit operation_awaiter(const Outcome& outcome) noexcept : done_at_once_{1} {
+    static_assert(std::is_trivially_destructible_v<Operation>, "an operation that is done at once is never destroyed");
+    static_assert(sizeof(Outcome) <= sizeof outcome_);
+    std::memcpy(&outcome_, &outcome, sizeof(Outcome));
+  }
+  operation_awaiter(const operation_awaiter&) = delete;
+  operation_awaiter& operator=(const operation_awaiter&) = delete;
+  ~operation_awaiter() {
     if (suspended_ != nullptr) [[unlikely]]
       suspended_->destroy(*this);
+    if constexpr (!done_at_once_operation<Operation>) operation_.~Operation();
   }
 
-  /// Does the operation where that needs no look at anything but the lane. Here, and not in `await_resume`, because
-  /// there the paths of those who waited and those who did not meet, and the compiler knows the handle's address no
-  /// longer: a cursor is then loaded by one address and stored by another, which costs the CPU some eight cycles a message
-  /// instead of one (docs/design/streams.md).
-  [[nodiscard, gnu::always_inline]] bool await_ready() noexcept {
-    if constexpr (requires { operation_.at_once(); }) {
-      if (operation_.at_once()) [[likely]] {
-        suspended_ = &was_done_at_once;
-        return true;
-      }
-    }
-    return operation_.ready_now();
-  }
+  [[nodiscard, gnu::always_inline]] bool await_ready() noexcept { return done_at_once() || operation_.ready_now(); }
 
   template <class Promise>
   bool await_suspend(std::coroutine_handle<Promise> awaiting) {
-    if constexpr (strait::asio_promise<Promise>) {
-      strait::asio_suspension<Operation, Executor>::suspend(*this, awaiting);
+    if constexpr (asio_promise<Promise>) {
+      asio_suspension<Operation, Executor>::suspend(*this, awaiting);
     } else {
-      strait::hub* hub = strait::hub_of_coroutine(awaiting);
-      if (hub == nullptr) {
+      hub* where = hub_of_coroutine(awaiting);
+      if (where == nullptr) {
         // Ready, and only meant to let others have their turn: here is nobody who could give it back.
         if (operation_.look(false)) return false;
-        hub = &strait::hub_to_wait_on(awaiting);  // says so
+        where = &hub_to_wait_on(awaiting);  // says so
       }
       auto* waiting = ::new (static_cast<void*>(suspension_)) plain_suspension;
       waiting->self = this;
       waiting->awaiting = awaiting;
-      waiting->ready = [](strait::hub_waiter& waiter, bool alone) noexcept {
+      waiting->ready = [](hub_waiter& waiter, bool alone) noexcept {
         return static_cast<plain_suspension&>(waiter).self->operation_.look(alone);
       };
-      waiting->complete = [](strait::hub_waiter& waiter) {
+      waiting->complete = [](hub_waiter& waiter) {
         auto& me = static_cast<plain_suspension&>(waiter);
         me.self->suspended_ = nullptr;
         me.awaiting.resume();
       };
       static constexpr suspended_operations plain{
           .destroy =
-              [](awaitable& self) noexcept {
+              [](operation_awaiter& self) noexcept {
                 if constexpr (requires { self.operation_.forsake(); }) {
                   self.operation_.forsake();
                 } else {
@@ -243,7 +240,7 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
           .resume = nullptr};  // not suspended any more when it resumes
       suspended_ = &plain;
       // When it waits another thread may resume us: nothing of this object is touched after.
-      if (!operation_.wait(strait::wait_place{*hub}, *waiting)) {
+      if (!operation_.wait(wait_place{*where}, *waiting)) {
         suspended_ = nullptr;
         return false;
       }
@@ -252,57 +249,126 @@ class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
   }
 
   [[gnu::always_inline]] decltype(auto) await_resume() {
-    if constexpr (requires { operation_.at_once(); }) {
-      if (suspended_ == &was_done_at_once) [[likely]] {
-        suspended_ = nullptr;
-        return operation_.result_at_once();
+    // Said here, where both ways meet, so that the compiler need not ask in the destructor.
+    struct nothing_suspended {
+      operation_awaiter& self;
+      ~nothing_suspended() { self.suspended_ = nullptr; }
+    } guard{*this};
+    using result = decltype(operation_.finish());
+    if constexpr (done_at_once_operation<Operation>) {
+      // Read before it is known to be there: in a block of its own the read would be shared with awaiters that waited, and
+      // the outcome would have to be in memory for it.
+      const auto outcome = outcome_;
+      if (done_at_once()) [[likely]] {
+        if constexpr (std::is_void_v<result>) {
+          return;
+        } else {
+          return result(std::in_place, Operation::result_of(outcome));
+        }
       }
     }
+    return finish();
+  }
+
+ private:
+  friend struct asio_suspension<Operation, Executor>;
+
+  struct plain_suspension : hub_waiter {
+    operation_awaiter* self = nullptr;
+    std::coroutine_handle<> awaiting;
+  };
+
+  /// What to do with `suspension_`.
+  struct suspended_operations {
+    void (*destroy)(operation_awaiter&) noexcept;
+    /// Asio has something to say first: that the wait was cancelled.
+    void (*resume)(operation_awaiter&);
+  };
+
+  [[nodiscard, gnu::always_inline]] bool done_at_once() const noexcept {
+    if constexpr (done_at_once_operation<Operation>) {
+      return done_at_once_ != 0;
+    } else {
+      return false;
+    }
+  }
+
+  /// Out of line: a result that came from two places in one function would cost each message the choice between them.
+  [[gnu::noinline]] auto finish() {
     if (suspended_ != nullptr) [[unlikely]] {
       if constexpr (Operation::sets_errors) {
         if (const std::error_code cancelled = reason_to_stop()) return operation_.finish_cancelled(cancelled);
       } else {
-        suspended_->resume(*this);
+        end_suspension();
       }
     }
     return operation_.finish();
   }
 
- private:
-  friend struct strait::asio_suspension<Operation, Executor>;
-  template <typename T, typename Other>
-  friend class asio::awaitable;
-
-  struct plain_suspension : strait::hub_waiter {
-    awaitable* self = nullptr;
-    std::coroutine_handle<> awaiting;
-  };
+  /// Throws when the wait was cancelled.
+  void end_suspension() {
+    struct destroy_after {
+      operation_awaiter& self;
+      ~destroy_after() { self.suspended_->destroy(self); }
+    } guard{*this};
+    suspended_->resume(*this);
+  }
 
   /// What Asio throws when the wait was cancelled, for an operation that sets its errors.
   [[gnu::noinline]] std::error_code reason_to_stop() {
     try {
-      suspended_->resume(*this);
+      end_suspension();
       return {};
     } catch (const std::system_error& cancelled) {
       return cancelled.code();
     }
   }
 
-  /// What to do with `suspension_`.
-  struct suspended_operations {
-    void (*destroy)(awaitable&) noexcept;
-    /// Asio has something to say first: that the wait was cancelled.
-    void (*resume)(awaitable&);
-  };
-
-  /// What `suspended_` says between `await_ready` and `await_resume` of an operation that is done.
-  static constexpr suspended_operations was_done_at_once{.destroy = [](awaitable&) noexcept {}, .resume = nullptr};
-
-  Operation operation_;
-  /// Null unless `suspension_` holds something: the one word that every awaited operation pays for being able to wait.
+  /// If the operation was done at once; then nothing below was ever written.
+  std::array<std::byte, at_once_outcome_bytes> outcome_{};
+  /// Not a bool, whose loads clang 19 does not follow from one block into another.
+  std::uint32_t done_at_once_ = 0;
+  /// Null unless `suspension_` holds something.
   const suspended_operations* suspended_ = nullptr;
+  union {
+    Operation operation_;
+  };
   /// Nothing is written here unless the operation waits.
   alignas(plain_suspension) std::byte suspension_[sizeof(plain_suspension)];
+};
+
+}  // namespace strait
+
+/// What an operation of a handle returns: the operation, until it is awaited.
+export template <class Operation, class Executor>
+class [[nodiscard]] asio::awaitable<strait::awaited<Operation>, Executor> {
+ public:
+  explicit awaitable(Operation operation) noexcept : operation_{std::move(operation)} {}
+  /// The operation itself, for whoever makes it part of another before it is awaited.
+  [[nodiscard]] Operation take_operation() && noexcept { return std::move(operation_); }
+  awaitable(awaitable&&) noexcept = default;
+  /// The same operation for coroutines of another executor.
+  template <class Other>
+  explicit awaitable(awaitable<strait::awaited<Operation>, Other>&& other) noexcept
+      : operation_{std::move(other).take_operation()} {}
+  awaitable& operator=(awaitable&&) = delete;
+
+  /// Does the operation where that needs no look at anything but the lane; otherwise it is the awaiter's.
+  ///
+  /// Here, and not in the awaiter's `await_ready`, because an awaiter lies in the coroutine's frame, and what is written
+  /// into a frame is written for every message: a compiler cannot know that nobody reads it. This object has not
+  /// been anywhere yet, so its members are registers, and an awaiter is told no more than that all is done.
+  [[nodiscard, gnu::always_inline]] strait::operation_awaiter<Operation, Executor> operator co_await() && {
+    using awaiter = strait::operation_awaiter<Operation, Executor>;
+    if constexpr (strait::done_at_once_operation<Operation>) {
+      if (operation_.at_once()) [[likely]]
+        return awaiter{operation_.outcome()};
+    }
+    return awaiter{std::move(operation_)};
+  }
+
+ private:
+  Operation operation_;
 };
 
 namespace strait {
@@ -391,23 +457,29 @@ using awaitable_operation = asio::awaitable<awaited<Operation>, asio::any_io_exe
 /// the hardware's own prefetcher does not cross lines that are modified elsewhere in time.
 inline constexpr std::size_t bytes_ahead = 512;
 
-/// Messages between two prefetches, a line's worth of small ones, and how many messages ahead they go.
+/// How many messages ahead that is, and for how many messages it is done together: a stretch, four lines of small ones.
 template <class T>
-inline constexpr std::uint64_t messages_a_line = sizeof(T) >= 64 ? 1 : 64 / sizeof(T);
+inline constexpr std::uint64_t messages_ahead = sizeof(T) >= bytes_ahead ? 1 : std::bit_floor(bytes_ahead / sizeof(T));
 template <class T>
-inline constexpr std::uint64_t messages_ahead = sizeof(T) >= bytes_ahead ? 1 : bytes_ahead / sizeof(T);
+inline constexpr std::uint64_t messages_a_stretch = sizeof(T) >= 256 ? 1 : std::bit_floor(256 / sizeof(T));
 
-/// Calls `use` with the address of each line that a slot touches first.
+/// The first cursor of the stretch after that of this one.
+template <class T>
+[[nodiscard]] constexpr std::uint64_t next_stretch(std::uint64_t cursor) noexcept {
+  return (cursor | (messages_a_stretch<T> - 1)) + 1;
+}
+
+/// Calls `use` with an address in each line of the `count` slots from number `first` on; `mask` wraps them.
 ///
 /// Waits: never. Allocates: never. Errors: none. Complexity: linear in the lines.
 template <class Slot, class Use>
-void for_each_line(const Slot& slot, Use use) noexcept {
-  const auto* bytes = reinterpret_cast<const std::byte*>(&slot);
-  for (std::size_t at = 0; at < sizeof(Slot); at += 64) use(bytes + at);
+void for_each_line(const Slot* slots, std::uint64_t mask, std::uint64_t first, std::uint64_t count, Use use) noexcept {
+  constexpr std::uint64_t step = sizeof(Slot) >= 64 ? 1 : 64 / sizeof(Slot);
+  for (std::uint64_t i = 0; i < count; i += step) {
+    const auto* bytes = reinterpret_cast<const std::byte*>(&slots[(first + i) & mask]);
+    for (std::size_t at = 0; at < sizeof(Slot); at += 64) use(bytes + at);
+  }
 }
-
-/// A word that says `closed`, for handles that closed or were moved from.
-inline std::atomic<std::uint32_t> closed_word{static_cast<std::uint32_t>(presence::closed)};
 
 /// Room for messages that was reserved in the lane itself. Fill `messages()` in place and `commit`; dropping the permit
 /// sends nothing. The sender sends nothing else meanwhile.
@@ -468,16 +540,15 @@ class sender {
     {
       if (!sender_->can_send_at_once()) [[unlikely]]
         return false;
-      sender_->push(message_);
+      sender_->push_at_once(message_);
       return true;
     }
-    static void result_at_once() noexcept {}
+    [[nodiscard]] char outcome() const noexcept { return 0; }  // nothing to tell
     [[nodiscard]] bool look(bool) noexcept { return sender_->look(); }
     [[gnu::always_inline]] void finish(news& why) {
       if (sender_->fails(why)) [[unlikely]]
         return;
       sender_->push(std::move(message_));
-      sender_->at_once_begins();
     }
     [[nodiscard]] endpoint* end() const noexcept { return sender_->end_.get(); }
     [[nodiscard]] const std::string& end_name() const noexcept { return sender_->name(); }
@@ -545,8 +616,6 @@ class sender {
   /// For `make_channel` and `open_sender`.
   explicit sender(std::unique_ptr<endpoint> end) noexcept
       : lane_{end->lane(), end->capacity()},
-        slots_{reinterpret_cast<native_slot<T>*>(end->slots())},
-        peer_word_{&end->peer_word()},
         barrier_{end->barrier()},
         batch_turn_{lane_.tail()},
         end_{std::move(end)} {}
@@ -554,8 +623,6 @@ class sender {
   sender& operator=(sender&& other) noexcept {
     if (this == &other) return *this;
     lane_ = std::exchange(other.lane_, {});
-    slots_ = std::exchange(other.slots_, nullptr);
-    peer_word_ = std::exchange(other.peer_word_, &closed_word);
     at_once_until_ = std::exchange(other.at_once_until_, 0);
     barrier_ = other.barrier_;
     batch_turn_ = other.batch_turn_;
@@ -667,17 +734,32 @@ class sender {
  private:
   friend class permit<T>;
 
+  [[nodiscard, gnu::always_inline]] native_slot<T>* slots() const noexcept { return slots_of<T>(lane_.control()); }
+  [[nodiscard, gnu::always_inline]] std::atomic<std::uint32_t>& receiver_word() const noexcept {
+    return segment_of(lane_.control()).ends[static_cast<std::size_t>(role::receiver)].presence;
+  }
+  /// Not asked of a handle that was closed, which knows of no room.
   [[nodiscard, gnu::always_inline]] bool receiver_is_awake() const noexcept {
     // relaxed: `closed` only has to be seen soon; what a parked receiver needs is in claim_ring.
-    return peer_word_->load(std::memory_order_relaxed) == static_cast<std::uint32_t>(presence::awake);
+    return receiver_word().load(std::memory_order_relaxed) == static_cast<std::uint32_t>(presence::awake);
   }
 
-  /// Room, nobody's turn and an awake receiver: two compares.
-  [[nodiscard, gnu::always_inline]] bool can_send_at_once() const noexcept {
-    return lane_.tail() < at_once_until_ && receiver_is_awake();
+  /// Room, nobody's turn, no fence to execute and an awake receiver: two compares.
+  [[nodiscard, gnu::always_inline]] bool can_send_at_once() noexcept {
+    if (lane_.tail() >= at_once_until_) [[unlikely]] {
+      if (!begin_at_once()) return false;
+    }
+    return receiver_is_awake();
   }
-  /// After an operation that looked: how far the next ones need not.
-  void at_once_begins() noexcept { at_once_until_ = std::min(lane_.room_until(), next_turn(lane_.tail())); }
+  /// Whether messages can be sent at once, and up to which: all that is not asked for each of them.
+  [[gnu::noinline]] bool begin_at_once() noexcept {
+    if (ending_ != news::none || barrier_ == store_load::by_fence) return false;
+    const std::uint64_t tail = lane_.tail();
+    at_once_until_ = std::min({lane_.room_until(), next_turn(tail), next_stretch<T>(tail)});
+    if (tail >= at_once_until_) return false;
+    fetch_ahead();
+    return true;
+  }
 
   [[nodiscard]] bool ready_now() noexcept {
     if (turn_due(lane_.tail())) return false;
@@ -712,18 +794,34 @@ class sender {
   template <class U>
   [[gnu::always_inline]] void push(U&& message) {
     const single_user::use mine{user_};
-    lane_.template push<T>(slots_, std::forward<U>(message));
+    fetch_ahead();
+    lane_.template push<T>(slots(), std::forward<U>(message));
     published();
+  }
+
+  /// The same where `can_send_at_once`: no fence.
+  [[gnu::always_inline]] void push_at_once(const T& message) noexcept {
+    const single_user::use mine{user_};
+    std::atomic<std::uint32_t>& receivers_word =
+        receiver_word();  // once: behind a publication it would be loaded again
+    lane_.template push<T>(slots(), message);
+    if (const presence receiver = claim_ring(receivers_word, store_load::by_machine_barrier);
+        receiver != presence::awake) [[unlikely]]
+      end_->ring(receiver);
+  }
+
+  [[gnu::always_inline]] void fetch_ahead() const noexcept {
     // Only slots that are known to be free: the receiver still reads the others.
-    if (lane_.tail() % messages_a_line<T> == 0 && lane_.known_room() > messages_ahead<T>) {
-      const auto& slot = slots_[(lane_.tail() + messages_ahead<T>)&(lane_.capacity() - 1)];
-      for_each_line(slot, [](const std::byte* line) { prefetch_for_writing(line); });
+    constexpr std::uint64_t to = messages_ahead<T> + messages_a_stretch<T>;
+    if (lane_.tail() % messages_a_stretch<T> == 0 && lane_.known_room() >= to) [[unlikely]] {
+      for_each_line(slots(), lane_.capacity() - 1, lane_.tail() + messages_ahead<T>, messages_a_stretch<T>,
+                    [](const std::byte* line) { prefetch_for_writing(line); });
     }
   }
 
   /// The one check after a publication: does the receiver sleep?
   [[gnu::always_inline]] void published() noexcept {
-    const presence receiver = claim_ring(*peer_word_, barrier_);
+    const presence receiver = claim_ring(receiver_word(), barrier_);
     if (receiver != presence::awake) [[unlikely]]
       end_->ring(receiver);
   }
@@ -734,14 +832,14 @@ class sender {
     std::uint64_t room = lane_.known_room();
     if (room < wanted) room = lane_.look();
     const std::uint64_t n = std::min({static_cast<std::uint64_t>(wanted), room, to_the_end});
-    return {reinterpret_cast<T*>(slots_) + at, static_cast<std::size_t>(n)};
+    return {reinterpret_cast<T*>(slots()) + at, static_cast<std::size_t>(n)};
   }
 
   /// Publishes `n` messages that are in their slots.
   void commit(std::size_t n) noexcept {
     if (n == 1) {
       // A message that is published alone must lie beside `tail`, too.
-      push(T{*(reinterpret_cast<const T*>(slots_) + (lane_.tail() & (lane_.capacity() - 1)))});
+      push(T{*(reinterpret_cast<const T*>(slots()) + (lane_.tail() & (lane_.capacity() - 1)))});
       return;
     }
     lane_.publish(n);
@@ -796,8 +894,6 @@ class sender {
   }
 
   lane_producer<> lane_;
-  native_slot<T>* slots_ = nullptr;
-  std::atomic<std::uint32_t>* peer_word_ = &closed_word;
   /// The number of the first message for which an awaited send looks at more than the receiver's word. Never beyond the
   /// known room, which only grows; the tail may be beyond it, after a batch.
   std::uint64_t at_once_until_ = 0;
@@ -839,8 +935,26 @@ class receiver {
       receiver_->take_at_once();
       return true;
     }
-    [[gnu::always_inline]] std::optional<T> result_at_once() const noexcept {
-      return receiver_->lane_.template last<T>(receiver_->slots_);
+    /// The message, when it is small; otherwise where it lies, so that it is copied once.
+    using at_once_outcome = std::conditional_t<(sizeof(T) <= at_once_outcome_bytes), T, const native_slot<T>*>;
+    [[nodiscard, gnu::always_inline]] at_once_outcome outcome() const noexcept {
+      const native_slot<T>& taken = receiver_->lane_.template last<T>(receiver_->slots());
+      if constexpr (std::is_same_v<at_once_outcome, T>) {
+        return taken.copy();
+      } else {
+        return &taken;
+      }
+    }
+    template <class Bytes>
+    [[nodiscard, gnu::always_inline]] static T result_of(const Bytes& bytes) noexcept {
+      std::array<std::byte, sizeof(at_once_outcome)> mine;
+      std::memcpy(&mine, &bytes, sizeof mine);
+      const auto outcome = std::bit_cast<at_once_outcome>(mine);
+      if constexpr (std::is_same_v<at_once_outcome, T>) {
+        return outcome;
+      } else {
+        return outcome->copy();
+      }
     }
     [[nodiscard]] bool look(bool alone) noexcept { return receiver_->look_for_hub(alone); }
     void wait_begins() const noexcept { receiver_->hub_looks_ = 0; }
@@ -849,10 +963,6 @@ class receiver {
         receiver_->take_ending(why);
         return std::nullopt;
       }
-      struct begin_after {
-        receiver& self;
-        ~begin_after() { self.at_once_begins(); }
-      } guard{*receiver_};
       return receiver_->take();
     }
     [[nodiscard]] endpoint* end() const noexcept { return receiver_->end_.get(); }
@@ -921,17 +1031,12 @@ class receiver {
   receiver() = default;
   /// For `make_channel` and `open_receiver`.
   explicit receiver(std::unique_ptr<endpoint> end) noexcept
-      : lane_{end->lane(), end->capacity()},
-        slots_{reinterpret_cast<native_slot<T>*>(end->slots())},
-        linger_{end->policy()},
-        batch_turn_{lane_.head()},
-        end_{std::move(end)} {}
+      : lane_{end->lane(), end->capacity()}, linger_{end->policy()}, batch_turn_{lane_.head()}, end_{std::move(end)} {}
   receiver(receiver&& other) noexcept { *this = std::move(other); }
   receiver& operator=(receiver&& other) noexcept {
     if (this == &other) return *this;
     if (end_ && lane_.release_pending()) lane_.publish_head();
     lane_ = std::exchange(other.lane_, {});
-    slots_ = std::exchange(other.slots_, nullptr);
     at_once_until_ = std::exchange(other.at_once_until_, 0);
     gather_ = other.gather_;
     linger_ = other.linger_;
@@ -1048,10 +1153,22 @@ class receiver {
   }
 
  private:
-  /// A known message, and nobody's turn: one compare.
-  [[nodiscard, gnu::always_inline]] bool can_take_at_once() const noexcept { return lane_.head() < at_once_until_; }
-  /// After an operation that looked: how far the next ones need not.
-  void at_once_begins() noexcept { at_once_until_ = std::min(lane_.plain_until(), next_turn(lane_.head())); }
+  [[nodiscard, gnu::always_inline]] native_slot<T>* slots() const noexcept { return slots_of<T>(lane_.control()); }
+
+  /// A known message, nobody's turn, and no room to be given back: one compare.
+  [[nodiscard, gnu::always_inline]] bool can_take_at_once() noexcept {
+    if (lane_.head() < at_once_until_) [[likely]]
+      return true;
+    return lane_.known() != 0 && begin_at_once();
+  }
+  /// Whether messages can be taken at once, and up to which: all that is not asked for each of them.
+  [[gnu::noinline]] bool begin_at_once() noexcept {
+    const std::uint64_t head = lane_.head();
+    at_once_until_ = std::min({lane_.plain_until(), next_turn(head), next_stretch<T>(head)});
+    if (head >= at_once_until_) return false;
+    fetch_ahead();
+    return true;
+  }
 
   [[nodiscard]] bool ready_now() noexcept { return !turn_due(lane_.head()) && (lane_.known() != 0 || look_in_place()); }
 
@@ -1100,11 +1217,8 @@ class receiver {
     if (const std::uint64_t there = look_at_lane(); there != 0) {
       gather_.found(there);
       if (there > 1) {
-        const std::uint64_t near = std::min(there, messages_ahead<T>);
-        for (std::uint64_t i = 0; i < near; i += messages_a_line<T>) {
-          for_each_line(slots_[(lane_.head() + i) & (lane_.capacity() - 1)],
-                        [](const std::byte* line) { prefetch_for_reading(line); });
-        }
+        for_each_line(slots(), lane_.capacity() - 1, lane_.head(), std::min(there, messages_ahead<T>),
+                      [](const std::byte* line) { prefetch_for_reading(line); });
       }
       return true;
     }
@@ -1148,21 +1262,21 @@ class receiver {
       ~release_after() { self.released_if_due(); }
     } guard{*this};
     fetch_ahead();
-    return lane_.template take<T>(slots_);
+    return lane_.template take<T>(slots());
   }
 
   /// The same for a message that is left in its slot, and whose taking releases nothing.
-  [[gnu::always_inline]] void take_at_once() {
+  [[gnu::always_inline]] void take_at_once() noexcept {
     const single_user::use mine{user_};
-    fetch_ahead();
     lane_.advance();
   }
 
   [[gnu::always_inline]] void fetch_ahead() const noexcept {
     // Only messages that are known to be there: the sender still writes the other slots.
-    if (lane_.head() % messages_a_line<T> == 0 && lane_.known() > messages_ahead<T>) {
-      const auto& slot = slots_[(lane_.head() + messages_ahead<T>)&(lane_.capacity() - 1)];
-      for_each_line(slot, [](const std::byte* line) { prefetch_for_reading(line); });
+    constexpr std::uint64_t to = messages_ahead<T> + messages_a_stretch<T>;
+    if (lane_.head() % messages_a_stretch<T> == 0 && lane_.known() >= to) [[unlikely]] {
+      for_each_line(slots(), lane_.capacity() - 1, lane_.head() + messages_ahead<T>, messages_a_stretch<T>,
+                    [](const std::byte* line) { prefetch_for_reading(line); });
     }
   }
 
@@ -1181,8 +1295,9 @@ class receiver {
 
   /// The known messages up to where the lane wraps.
   [[nodiscard]] std::span<const T> span() const noexcept {
+    if (lane_.known() == 0) return {};
     const std::uint64_t at = lane_.head() & (lane_.capacity() - 1);
-    return {reinterpret_cast<const T*>(slots_) + at,
+    return {reinterpret_cast<const T*>(slots()) + at,
             static_cast<std::size_t>(std::min(lane_.known(), lane_.capacity() - at))};
   }
 
@@ -1222,7 +1337,6 @@ class receiver {
   }
 
   lane_consumer<> lane_;
-  native_slot<T>* slots_ = nullptr;
   /// The number of the first message for which an awaited receive looks at more than this. Never beyond what is known to
   /// be there; the head may be beyond it, after a batch.
   std::uint64_t at_once_until_ = 0;

@@ -158,6 +158,24 @@ struct segment_header {
 static_assert(sizeof(segment_header) == 7 * line_padding);
 static_assert(offsetof(segment_header, ends) == line_padding);
 
+/// Where the slots of messages of that alignment begin, in bytes from the beginning of the segment.
+[[nodiscard]] constexpr std::uint64_t slots_offset_for(std::uint32_t alignment) noexcept {
+  const std::uint64_t step = std::max<std::uint64_t>(alignment, line_padding);
+  return (sizeof(segment_header) + step - 1) / step * step;
+}
+
+/// The segment around a lane. With these, a handle needs one pointer on the path of each message, and everything else lies
+/// at a distance from it that is known to the compiler.
+[[nodiscard]] inline segment_header& segment_of(lane_control<>& lane) noexcept {
+  return *reinterpret_cast<segment_header*>(reinterpret_cast<std::byte*>(&lane) - offsetof(segment_header, lane));
+}
+/// The slots of a lane of `T`s: the segment was checked to hold no other type.
+template <class T>
+[[nodiscard]] native_slot<T>* slots_of(lane_control<>& lane) noexcept {
+  return reinterpret_cast<native_slot<T>*>(reinterpret_cast<std::byte*>(&segment_of(lane)) +
+                                           slots_offset_for(alignof(T)));
+}
+
 /// Why a wait ends without a message or room.
 enum class news : std::uint8_t { none, closed, died, corrupt, inherited };
 

@@ -69,6 +69,13 @@ class native_slot {
     ::new (static_cast<void*>(bytes_)) T(std::forward<U>(value));
   }
 
+  /// The message, which stays.
+  [[nodiscard]] T copy() const noexcept
+    requires std::is_trivially_copyable_v<T>
+  {
+    return *std::launder(reinterpret_cast<const T*>(bytes_));
+  }
+
   [[nodiscard]] T take() noexcept(std::is_nothrow_move_constructible_v<T>) {
     T* message = std::launder(reinterpret_cast<T*>(bytes_));
     if constexpr (std::is_trivially_copyable_v<T>) {
@@ -130,7 +137,7 @@ class lane_producer {
 
   /// Takes up the lane where its last producer left it. `capacity` is a power of two.
   lane_producer(lane_control<Atomics>& control, std::uint64_t capacity) noexcept
-      : control_{&control}, capacity_{capacity} {
+      : control_{&control}, mask_{capacity - 1} {
     // relaxed: a dead or closed producer's cursor; whoever attached us ordered us after it (the gate's lock).
     tail_ = control.tail.load(std::memory_order_relaxed);
     look();
@@ -146,12 +153,12 @@ class lane_producer {
     // acquire: pairs with lane_consumer::publish_head. Without it, this thread's store into a slot could become
     // visible before the consumer's read of the old message in it was done.
     const std::uint64_t head = control_->head.load(std::memory_order_acquire);
-    if (tail_ - head > capacity_) [[unlikely]] {
+    if (tail_ - head > capacity()) [[unlikely]] {
       corrupt_ = true;
       limit_ = tail_;
       return 0;
     }
-    limit_ = head + capacity_;
+    limit_ = head + capacity();
     return known_room();
   }
 
@@ -165,7 +172,7 @@ class lane_producer {
       const T message = std::forward<U>(value);
       std::array<std::uint64_t, words<T>> raw{};
       std::memcpy(raw.data(), &message, sizeof(T));
-      slots[at & (capacity_ - 1)].put(message);
+      slots[at & mask_].put(message);
       // After the slot, and right before `tail`: a consumer that polls takes the line away between two stores into it
       // when there is time, and the second then waits for the line to come back.
       auto& copy = control.copies[at & 1];
@@ -176,18 +183,19 @@ class lane_producer {
         copy[i].store(raw[i], std::memory_order_release);
       }
     } else {
-      slots[at & (capacity_ - 1)].put(std::forward<U>(value));
+      slots[at & mask_].put(std::forward<U>(value));
     }
-    tail_ = at + 1;
     // release: as in publish.
     control.tail.store(at + 1, std::memory_order_release);
+    // After it, so that the copy and `tail`, in one line, leave the store buffer together.
+    tail_ = at + 1;
   }
 
   /// Where message number `tail() + offset` goes; for batches, which end with `publish(n)`.
   template <class T>
   [[nodiscard]] typename Atomics::template slot<T>& slot(typename Atomics::template slot<T>* slots,
                                                          std::uint64_t offset) const noexcept {
-    return slots[(tail_ + offset) & (capacity_ - 1)];
+    return slots[(tail_ + offset) & mask_];
   }
 
   /// Publishes `n` messages with one store. A batch of one goes through `push`: a consumer that saw `tail` move by
@@ -199,17 +207,19 @@ class lane_producer {
     control_->tail.store(tail_, std::memory_order_release);
   }
 
+  [[nodiscard]] lane_control<Atomics>& control() const noexcept { return *control_; }
   [[nodiscard]] std::uint64_t tail() const noexcept { return tail_; }
-  [[nodiscard]] std::uint64_t capacity() const noexcept { return capacity_; }
+  [[nodiscard]] std::uint64_t capacity() const noexcept { return mask_ + 1; }
   [[nodiscard]] bool corrupt() const noexcept { return corrupt_; }
 
  private:
   template <class T>
   static constexpr std::size_t words = (sizeof(T) + 7) / 8;
 
-  lane_control<Atomics>* control_ = nullptr;
-  std::uint64_t capacity_ = 0;
   std::uint64_t tail_ = 0;
+  lane_control<Atomics>* control_ = nullptr;
+  /// `capacity - 1`.
+  std::uint64_t mask_ = std::uint64_t{0} - 1;
   /// Where `tail` would meet the newest `head` that was seen.
   std::uint64_t limit_ = 0;
   bool corrupt_ = false;
@@ -225,7 +235,7 @@ class lane_consumer {
 
   /// Takes up the lane where its last consumer released it. `capacity` is a power of two.
   lane_consumer(lane_control<Atomics>& control, std::uint64_t capacity) noexcept
-      : control_{&control}, capacity_{capacity}, stride_{capacity / 8 > 0 ? capacity / 8 : 1} {
+      : control_{&control}, mask_{capacity - 1}, stride_{capacity / 8 > 0 ? capacity / 8 : 1} {
     // relaxed: see lane_producer's constructor.
     head_ = control.head.load(std::memory_order_relaxed);
     tail_seen_ = head_;
@@ -248,7 +258,7 @@ class lane_consumer {
     // Nothing new: what a spinning consumer sees again and again, so it writes nothing.
     if (tail == tail_seen_ && attached_) return known();
     const std::uint64_t there = tail - head_;
-    if (there > capacity_) [[unlikely]] {
+    if (there > capacity()) [[unlikely]] {
       corrupt_ = true;
       return 0;
     }
@@ -295,24 +305,23 @@ class lane_consumer {
         }
       }
     }
-    return slots[head_++ & (capacity_ - 1)].take();
+    return slots[head_++ & mask_].take();
   }
 
   /// Takes the oldest message, of those before `plain_until()`, and leaves it in its slot ...
   void advance() noexcept { ++head_; }
   /// ... where it lies as long as `head` is not published.
   template <class T>
-  [[nodiscard]] T last(typename Atomics::template slot<T>* slots) const noexcept
-    requires std::is_trivially_copyable_v<T>
-  {
-    return slots[(head_ - 1) & (capacity_ - 1)].take();
+  [[nodiscard]] const typename Atomics::template slot<T>& last(
+      const typename Atomics::template slot<T>* slots) const noexcept {
+    return slots[(head_ - 1) & mask_];
   }
 
   /// Where message number `head() + offset` lies; for batches, which end with `skip(n)`.
   template <class T>
   [[nodiscard]] typename Atomics::template slot<T>& slot(typename Atomics::template slot<T>* slots,
                                                          std::uint64_t offset) const noexcept {
-    return slots[(head_ + offset) & (capacity_ - 1)];
+    return slots[(head_ + offset) & mask_];
   }
 
   /// Counts `n` messages as taken from their slots.
@@ -333,8 +342,9 @@ class lane_consumer {
     control_->head.store(head_, std::memory_order_release);
   }
 
+  [[nodiscard]] lane_control<Atomics>& control() const noexcept { return *control_; }
   [[nodiscard]] std::uint64_t head() const noexcept { return head_; }
-  [[nodiscard]] std::uint64_t capacity() const noexcept { return capacity_; }
+  [[nodiscard]] std::uint64_t capacity() const noexcept { return mask_ + 1; }
   [[nodiscard]] bool corrupt() const noexcept { return corrupt_; }
 
  private:
@@ -342,7 +352,8 @@ class lane_consumer {
   static constexpr std::size_t words = (sizeof(T) + 7) / 8;
 
   lane_control<Atomics>* control_ = nullptr;
-  std::uint64_t capacity_ = 0;
+  /// `capacity - 1`.
+  std::uint64_t mask_ = std::uint64_t{0} - 1;
   std::uint64_t stride_ = 1;
   std::uint64_t head_ = 0;
   std::uint64_t tail_seen_ = 0;

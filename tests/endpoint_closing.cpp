@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "attempt.hpp"
 #include "other_process.hpp"
 #include "segment_files.hpp"
 
@@ -27,6 +28,7 @@ import strait;
 using namespace std::chrono_literals;
 using strait::errc;
 using strait::presence;
+using test::attempt;
 using test::channel_name;
 using test::check_refused;
 
@@ -83,13 +85,6 @@ void for_every_memory(const strait::channel_options& options, Check&& check) {
 
 void wait_until(const std::atomic<std::uint32_t>& word, presence what) {
   test::eventually([&] { return word.load() == static_cast<std::uint32_t>(what); });
-}
-
-/// Awaits without a hub: the result if the operation can go on now.
-template <class Awaitable>
-auto attempt(Awaitable operation) -> std::optional<decltype(operation.await_resume())> {
-  if (!operation.await_ready()) return std::nullopt;
-  return operation.await_resume();
 }
 
 }  // namespace
@@ -305,9 +300,7 @@ void check_no_sender(strait::sender<T>& tx) {
   CHECK(error == errc::closed);
   error.clear();
   {
-    auto operation = tx.send(T{}, error);
-    REQUIRE(operation.await_ready());
-    operation.await_resume();
+    REQUIRE(attempt(tx.send(T{}, error)));
     CHECK(error == errc::closed);
   }
   check_refused(errc::closed, {"a channel handle that was closed"}, [&] { (void)tx.try_send(T{}); });

@@ -23,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "attempt.hpp"
 #include "segment_files.hpp"
 
 import strait;
@@ -30,6 +31,7 @@ import strait;
 using strait::errc;
 using strait::presence;
 using strait::segment_header;
+using test::attempt;
 using test::channel_name;
 using test::check_refused;
 
@@ -88,13 +90,6 @@ struct named_rig {
   ~named_rig() { ::munmap(memory, bytes); }
   [[nodiscard]] segment_header& header() const { return *static_cast<segment_header*>(memory); }
 };
-
-/// Awaits without a hub: the result if the operation can go on now.
-template <class Awaitable>
-auto attempt(Awaitable operation) -> std::optional<decltype(operation.await_resume())> {
-  if (!operation.await_ready()) return std::nullopt;
-  return operation.await_resume();
-}
 
 /// Sends until there is an error, which must come before more than a lane of messages went.
 template <class T>
@@ -206,9 +201,7 @@ TEST_CASE("rubbish: an impossible head poisons the channel, in every form of sen
         CHECK_FALSE(channel.tx.blocking_send_until(number{8}, late, error));
       }
       if (form == "send") {
-        auto operation = channel.tx.send(number{8}, error);
-        REQUIRE(operation.await_ready());
-        operation.await_resume();
+        REQUIRE(attempt(channel.tx.send(number{8}, error)));
       }
       if (form == "send_many") CHECK(attempt(channel.tx.send_many(more, error)).value() == 0);
       if (form == "reserve") {
@@ -556,11 +549,10 @@ void do_something(strait::sender<T>& tx, strait::receiver<T>& rx, vandal& chance
       (void)rx.blocking_recv_until(std::chrono::steady_clock::now(), error);
       break;
     case 10: {
-      auto operation = tx.reserve(3, error);
-      if (!operation.await_ready()) break;
-      auto room = operation.await_resume();
-      for (T& message : room.messages()) message = T{};
-      room.commit(chance.below(5));
+      auto room = attempt(tx.reserve(3, error));
+      if (!room) break;
+      for (T& message : room->messages()) message = T{};
+      room->commit(chance.below(5));
       break;
     }
     case 11: {

@@ -307,25 +307,25 @@ auto start(Step step, Token&& token) {
 /// whose frame is taken from Asio's cache, and only then.
 template <class Operation, class Executor>
 struct asio_suspension {
-  using operation_awaitable = asio::awaitable<awaited<Operation>, Executor>;
+  using awaiter = operation_awaiter<Operation, Executor>;
   using wait_awaitable = asio::awaitable<void, Executor>;
 
   template <class Promise>
-  static void suspend(operation_awaitable& self, std::coroutine_handle<Promise> awaiting) {
+  static void suspend(awaiter& self, std::coroutine_handle<Promise> awaiting) {
     static_assert(sizeof(wait_awaitable) <= sizeof self.suspension_);
     auto* wait = ::new (static_cast<void*>(self.suspension_))
         wait_awaitable{detail::start<detail::until_ready<Operation>, void(std::error_code)>(
             detail::until_ready<Operation>{&self.operation_}, asio::use_awaitable_t<Executor>{})};
-    static constexpr typename operation_awaitable::suspended_operations through_asio{
-        .destroy = [](operation_awaitable& of) noexcept { wait_in(of).~wait_awaitable(); },
+    static constexpr typename awaiter::suspended_operations through_asio{
+        .destroy = [](awaiter& of) noexcept { wait_in(of).~wait_awaitable(); },
         // Throws when the wait was cancelled.
-        .resume = [](operation_awaitable& of) { wait_in(of).await_resume(); }};
+        .resume = [](awaiter& of) { wait_in(of).await_resume(); }};
     self.suspended_ = &through_asio;
     wait->await_suspend(awaiting);
   }
 
  private:
-  static wait_awaitable& wait_in(operation_awaitable& self) noexcept {
+  static wait_awaitable& wait_in(awaiter& self) noexcept {
     return *std::launder(reinterpret_cast<wait_awaitable*>(self.suspension_));
   }
 };
