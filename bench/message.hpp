@@ -100,8 +100,10 @@ class checker {
   void take(const M& found) {
     std::uint64_t wrong = 0;
     for (std::size_t i = 0; i < found.words.size(); ++i) wrong |= found.words[i] ^ (word_ + i * word_step);
-    if (wrong != 0) [[unlikely]]
-      report_broken(way_, word_, found.words.data(), found.words.size());
+    if (wrong != 0) [[unlikely]] {
+      const M copy = found;  // whose address may be given away: the message itself then need not be in memory
+      report_broken(way_, word_, copy.words.data(), copy.words.size());
+    }
     word_ += sequence_step;
   }
 

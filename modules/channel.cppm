@@ -461,7 +461,7 @@ inline constexpr std::size_t bytes_ahead = 512;
 template <class T>
 inline constexpr std::uint64_t messages_ahead = sizeof(T) >= bytes_ahead ? 1 : std::bit_floor(bytes_ahead / sizeof(T));
 template <class T>
-inline constexpr std::uint64_t messages_a_stretch = sizeof(T) >= 256 ? 1 : std::bit_floor(256 / sizeof(T));
+inline constexpr std::uint64_t messages_a_stretch = sizeof(T) >= 512 ? 1 : std::bit_floor(512 / sizeof(T));
 
 /// The first cursor of the stretch after that of this one.
 template <class T>
