@@ -1031,7 +1031,11 @@ class receiver {
   receiver() = default;
   /// For `make_channel` and `open_receiver`.
   explicit receiver(std::unique_ptr<endpoint> end) noexcept
-      : lane_{end->lane(), end->capacity()}, linger_{end->policy()}, batch_turn_{lane_.head()}, end_{std::move(end)} {}
+      : lane_{end->lane(), end->capacity()},
+        gather_{end->capacity()},
+        linger_{end->policy()},
+        batch_turn_{lane_.head()},
+        end_{std::move(end)} {}
   receiver(receiver&& other) noexcept { *this = std::move(other); }
   receiver& operator=(receiver&& other) noexcept {
     if (this == &other) return *this;

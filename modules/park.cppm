@@ -1,4 +1,5 @@
 module;
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <compare>
@@ -471,6 +472,12 @@ class spin_budget {
 /// constant.
 class gather_pause {
  public:
+  gather_pause() = default;
+  /// For a lane of so many slots. An eighth of them is enough: a look that has to bring much of a small lane would leave
+  /// its sender without room.
+  inline explicit gather_pause(std::uint64_t capacity) noexcept
+      : enough_{static_cast<std::uint32_t>(std::clamp<std::uint64_t>(capacity / 8, 2, most_enough))} {}
+
   /// In PAUSE instructions.
   [[nodiscard]] inline std::uint32_t length() const noexcept { return pauses_; }
   /// Before a look at a lane that has just run empty.
@@ -481,21 +488,25 @@ class gather_pause {
   inline void found(std::uint64_t messages) noexcept {
     if (messages < 2) {
       pauses_ = 0;
-    } else if (messages > plenty) {
+    } else if (messages > plenty()) {
       pauses_ /= 2;
-    } else if (messages < enough && pauses_ < longest) {
+    } else if (messages < enough_ && pauses_ < longest) {
       pauses_ = pauses_ == 0 ? 4 : pauses_ * 2;
     }
   }
 
-  /// A line takes some 100 to 400 ns to cross; spread over this many messages, that is a nanosecond or three for each.
-  static constexpr std::uint64_t enough = 128;
-  static constexpr std::uint64_t plenty = 512;
+  /// How many messages a look should bring, at least and at most.
+  [[nodiscard]] inline std::uint64_t enough() const noexcept { return enough_; }
+  [[nodiscard]] inline std::uint64_t plenty() const noexcept { return std::uint64_t{4} * enough_; }
+
+  /// A line takes some 50 to 400 ns to cross; spread over this many messages, that is less than a nanosecond for each.
+  static constexpr std::uint64_t most_enough = 512;
 
   /// In PAUSE instructions; a few hundred nanoseconds to two microseconds, by CPU.
   static constexpr std::uint32_t longest = 64;
 
  private:
+  std::uint32_t enough_ = 2;
   std::uint32_t pauses_ = 0;
 };
 

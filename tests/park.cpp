@@ -327,16 +327,26 @@ TEST_CASE("spin_budget: learns") {
 }
 
 TEST_CASE("gather_pause: longer while a stream runs, gone with a lone message") {
-  strait::gather_pause pause;
+  strait::gather_pause pause{4096};
+  CHECK(pause.enough() == 512);
   CHECK(pause.length() == 0);
-  for (int i = 0; i < 10; ++i) pause.found(100);
+  for (int i = 0; i < 10; ++i) pause.found(511);
   CHECK(pause.length() == strait::gather_pause::longest);
-  pause.found(strait::gather_pause::enough);  // neither short nor plenty: the pause is right
+  pause.found(pause.enough());  // neither short nor plenty: the pause is right
   CHECK(pause.length() == strait::gather_pause::longest);
-  pause.found(strait::gather_pause::plenty + 1);
+  pause.found(pause.plenty() + 1);
   CHECK(pause.length() == strait::gather_pause::longest / 2);
   pause.found(1);
   CHECK(pause.length() == 0);
+}
+
+TEST_CASE("gather_pause: nobody waits for much of a small lane, or for more than pays in a large one") {
+  CHECK(strait::gather_pause{1}.enough() == 2);
+  CHECK(strait::gather_pause{64}.enough() == 8);
+  CHECK(strait::gather_pause{1 << 20}.enough() == strait::gather_pause::most_enough);
+  strait::gather_pause small{8};
+  for (int i = 0; i < 10; ++i) small.found(8);
+  CHECK(small.length() == 0);
 }
 
 TEST_CASE("online_cpu_count is at least one, and now_ns follows the steady clock") {
