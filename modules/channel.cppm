@@ -1227,6 +1227,7 @@ class receiver {
       return true;
     }
     if (lane_.corrupt()) return corrupt();
+    gather_.found(0);
     // The lane is empty: nobody needs the line with `head` now, and the sender may wait for it.
     if (lane_.release_pending()) released();
     const news heard = end_->look_at_peer(lane_.head());

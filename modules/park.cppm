@@ -465,8 +465,8 @@ class spin_budget {
 /// A consumer that keeps up with a stream finds its lane empty after every few messages; if it looks again at once,
 /// the line with `tail` crosses for each message. If it waits for a moment, one crossing announces many messages. In
 /// ping-pong that same moment is latency. Two messages found at once prove that their sender did not wait for an
-/// answer between them: it streams, and the pause doubles until a look brings enough to pay for itself. One message
-/// alone ends it; plenty at once says that the pause is longer than it need be.
+/// answer between them: it streams, and the pause doubles until a look brings enough to pay for itself. From then on it
+/// becomes shorter, so that it is never long for nothing. One message alone ends it, and so does none.
 ///
 /// Waits: spins, for `length()` PAUSEs. Cancel safety: nothing to cancel. Allocates: never. Errors: none. Complexity:
 /// constant.
@@ -484,20 +484,19 @@ class gather_pause {
   inline void before_look() const noexcept {
     for (std::uint32_t i = 0; i < pauses_; ++i) cpu_relax();
   }
-  /// After a look that found `messages` > 0.
+  /// After a look that found so many.
   inline void found(std::uint64_t messages) noexcept {
     if (messages < 2) {
       pauses_ = 0;
-    } else if (messages > plenty()) {
-      pauses_ /= 2;
-    } else if (messages < enough_ && pauses_ < longest) {
-      pauses_ = pauses_ == 0 ? 4 : pauses_ * 2;
+    } else if (messages < enough_) {
+      pauses_ = pauses_ == 0 ? 4 : std::min(pauses_ * 2, longest);
+    } else {
+      pauses_ -= (pauses_ + 7) / 8;
     }
   }
 
-  /// How many messages a look should bring, at least and at most.
+  /// How many messages a look should bring.
   [[nodiscard]] inline std::uint64_t enough() const noexcept { return enough_; }
-  [[nodiscard]] inline std::uint64_t plenty() const noexcept { return std::uint64_t{4} * enough_; }
 
   /// A line takes some 50 to 400 ns to cross; spread over this many messages, that is less than a nanosecond for each.
   static constexpr std::uint64_t most_enough = 512;

@@ -332,11 +332,17 @@ TEST_CASE("gather_pause: longer while a stream runs, gone with a lone message") 
   CHECK(pause.length() == 0);
   for (int i = 0; i < 10; ++i) pause.found(511);
   CHECK(pause.length() == strait::gather_pause::longest);
-  pause.found(pause.enough());  // neither short nor plenty: the pause is right
-  CHECK(pause.length() == strait::gather_pause::longest);
-  pause.found(pause.plenty() + 1);
-  CHECK(pause.length() == strait::gather_pause::longest / 2);
+  pause.found(pause.enough());
+  CHECK(pause.length() == strait::gather_pause::longest * 7 / 8);
   pause.found(1);
+  CHECK(pause.length() == 0);
+  pause.found(2);
+  CHECK(pause.length() > 0);
+  pause.found(0);
+  CHECK(pause.length() == 0);
+  pause.found(2);
+  pause.found(2);
+  for (int i = 0; i < 10; ++i) pause.found(pause.enough());  // whoever finds enough all the time has no need of it
   CHECK(pause.length() == 0);
 }
 
