@@ -465,8 +465,11 @@ class spin_budget {
 /// A consumer that keeps up with a stream finds its lane empty after every few messages; if it looks again at once,
 /// the line with `tail` crosses for each message. If it waits for a moment, one crossing announces many messages. In
 /// ping-pong that same moment is latency. Two messages found at once prove that their sender did not wait for an
-/// answer between them: it streams, and the pause doubles until a look brings enough to pay for itself. From then on it
-/// becomes shorter, so that it is never long for nothing. One message alone ends it, and so does none.
+/// answer between them: it streams, and the pause doubles as long as that brings more messages, until it brings enough.
+/// Then it is settled for so many looks, and tried anew: a stream may have changed. One message alone ends it.
+///
+/// Where pauses bring nothing again and again, the sender does not run meanwhile: it is a coroutine of the same thread, or
+/// sends in bursts. Then there is none for as many looks.
 ///
 /// Waits: spins, for `length()` PAUSEs. Cancel safety: nothing to cancel. Allocates: never. Errors: none. Complexity:
 /// constant.
@@ -476,7 +479,7 @@ class gather_pause {
   /// For a lane of so many slots. An eighth of them is enough: a look that has to bring much of a small lane would leave
   /// its sender without room.
   inline explicit gather_pause(std::uint64_t capacity) noexcept
-      : enough_{static_cast<std::uint32_t>(std::clamp<std::uint64_t>(capacity / 8, 2, most_enough))} {}
+      : enough_{std::clamp<std::uint64_t>(capacity / 8, 2, most_enough)} {}
 
   /// In PAUSE instructions.
   [[nodiscard]] inline std::uint32_t length() const noexcept { return pauses_; }
@@ -486,12 +489,30 @@ class gather_pause {
   }
   /// After a look that found so many.
   inline void found(std::uint64_t messages) noexcept {
-    if (messages < 2) {
+    if (rest_ != 0) {
+      --rest_;
+    } else if (messages < 2) {
+      if (messages == 0 && pauses_ != 0) in_vain();
       pauses_ = 0;
-    } else if (messages < enough_) {
-      pauses_ = pauses_ == 0 ? 4 : std::min(pauses_ * 2, longest);
+      settled_ = 0;
+    } else if (settled_ != 0) {
+      if (--settled_ == 0) {
+        pauses_ = 0;
+      } else if (messages > 4 * enough_) {
+        pauses_ /= 2;
+      }
+    } else if (pauses_ != 0 && messages < before_ + before_ / 4) {
+      if (pauses_ == shortest) {
+        pauses_ = 0;
+        in_vain();
+      } else {
+        settle(pauses_ / 2);
+      }
+    } else if (messages >= enough_ || pauses_ == longest) {
+      settle(pauses_);
     } else {
-      pauses_ -= (pauses_ + 7) / 8;
+      before_ = messages;
+      pauses_ = pauses_ == 0 ? shortest : pauses_ * 2;
     }
   }
 
@@ -501,12 +522,37 @@ class gather_pause {
   /// A line takes some 50 to 400 ns to cross; spread over this many messages, that is less than a nanosecond for each.
   static constexpr std::uint64_t most_enough = 512;
 
-  /// In PAUSE instructions; a few hundred nanoseconds to two microseconds, by CPU.
+  /// In PAUSE instructions. The longest is a few hundred nanoseconds to two microseconds, by CPU; a shorter one than the
+  /// shortest could not be told from none beside the crossing.
+  static constexpr std::uint32_t shortest = 16;
   static constexpr std::uint32_t longest = 64;
 
+  /// What a trial costs, some hundred PAUSEs or a few looks that bring little, is nothing beside so many looks.
+  static constexpr std::uint32_t looks_settled = 1024;
+  static constexpr std::uint32_t vain_to_rest = 8;
+
  private:
-  std::uint32_t enough_ = 2;
+  inline void settle(std::uint32_t pauses) noexcept {
+    pauses_ = pauses;
+    settled_ = looks_settled;
+    vain_ = 0;
+  }
+  inline void in_vain() noexcept {
+    // A few times it means little: a sender that waits for a line of its own sends nothing meanwhile, either.
+    if (++vain_ < vain_to_rest) return;
+    vain_ = 0;
+    rest_ = looks_settled;
+  }
+
+  std::uint64_t enough_ = 2;
+  /// How many messages the last shorter pause brought.
+  std::uint64_t before_ = 0;
   std::uint32_t pauses_ = 0;
+  /// Looks for which the pause is not lengthened.
+  std::uint32_t settled_ = 0;
+  /// Looks for which there is none, and how many pauses in a row have brought nothing.
+  std::uint32_t rest_ = 0;
+  std::uint32_t vain_ = 0;
 };
 
 /// How many looks an awaiting receiver spends in place before its coroutine suspends.

@@ -326,24 +326,61 @@ TEST_CASE("spin_budget: learns") {
   CHECK(adaptive.length() == 0);
 }
 
-TEST_CASE("gather_pause: longer while a stream runs, gone with a lone message") {
-  strait::gather_pause pause{4096};
+TEST_CASE("gather_pause: longer while that brings more, gone with a lone message") {
+  using strait::gather_pause;
+  gather_pause pause{4096};
   CHECK(pause.enough() == 512);
   CHECK(pause.length() == 0);
-  for (int i = 0; i < 10; ++i) pause.found(511);
-  CHECK(pause.length() == strait::gather_pause::longest);
-  pause.found(pause.enough());
-  CHECK(pause.length() == strait::gather_pause::longest * 7 / 8);
+  std::uint64_t messages = 20;
+  for (std::uint32_t length = gather_pause::shortest; length <= gather_pause::longest; length *= 2) {
+    pause.found(messages);
+    CHECK(pause.length() == length);
+    messages *= 2;
+  }
+  for (std::uint32_t i = 0; i < gather_pause::looks_settled; ++i) {
+    pause.found(messages);  // fewer than enough
+    CHECK(pause.length() == gather_pause::longest);
+  }
+  pause.found(messages);
+  CHECK(pause.length() == 0);  // it is tried anew
+  pause.found(messages);
+  CHECK(pause.length() == gather_pause::shortest);
   pause.found(1);
   CHECK(pause.length() == 0);
-  pause.found(2);
-  CHECK(pause.length() > 0);
-  pause.found(0);
-  CHECK(pause.length() == 0);
-  pause.found(2);
-  pause.found(2);
-  for (int i = 0; i < 10; ++i) pause.found(pause.enough());  // whoever finds enough all the time has no need of it
-  CHECK(pause.length() == 0);
+}
+
+TEST_CASE("gather_pause: no longer than it takes for enough, or than it helps") {
+  using strait::gather_pause;
+  gather_pause pause{4096};
+  pause.found(100);
+  for (int i = 0; i < 10; ++i) pause.found(pause.enough());
+  CHECK(pause.length() == gather_pause::shortest);
+  pause.found(4 * pause.enough() + 1);
+  CHECK(pause.length() < gather_pause::shortest);
+
+  gather_pause useless{4096};
+  for (const std::uint64_t messages : {100U, 200U, 210U, 210U}) useless.found(messages);
+  CHECK(useless.length() == gather_pause::shortest);
+}
+
+TEST_CASE("gather_pause: none for a while where it brings nothing, a few times in a row") {
+  using strait::gather_pause;
+  for (const std::uint64_t brought : {10U, 0U}) {  // a burst that was there all the time; and nothing after one
+    CAPTURE(brought);
+    gather_pause pause{4096};
+    for (std::uint32_t i = 0; i < gather_pause::vain_to_rest; ++i) {
+      pause.found(10);
+      CHECK(pause.length() == gather_pause::shortest);
+      pause.found(brought);
+      CHECK(pause.length() == 0);
+    }
+    for (std::uint32_t i = 0; i < gather_pause::looks_settled; ++i) {
+      pause.found(10);
+      CHECK(pause.length() == 0);
+    }
+    pause.found(10);
+    CHECK(pause.length() == gather_pause::shortest);
+  }
 }
 
 TEST_CASE("gather_pause: nobody waits for much of a small lane, or for more than pays in a large one") {
