@@ -471,7 +471,7 @@ TEST_CASE("an executor that tracks work does not keep run() from returning") {
 namespace {
 
 /// More operations than any slice and budget allow for without the others having had their turn.
-constexpr message starved = 2'000'000;
+constexpr message starved = 50'000'000;
 
 /// Sends to itself, so that every operation is ready: until `stop`, or until it is clear that nobody else gets a turn.
 strait::task<> spin(strait::sender<message> tx, strait::receiver<message> rx, const std::atomic<bool>& stop,
