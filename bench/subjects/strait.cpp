@@ -5,7 +5,6 @@
 #include <chrono>
 #include <exception>
 #include <filesystem>
-#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -266,10 +265,6 @@ void run(end& self) {
   runtime.join();
 }
 
-link connect(const job&) {
-  return {};
-}
-
 /// Once the ends are gone: while they run, `strait ls` shows their channels.
 void forget_names(memory where, std::uint64_t nonce) {
   if (where == memory::private_memory || where == memory::handed_over) return;  // they have none
@@ -286,11 +281,10 @@ void forget_names(memory where, std::uint64_t nonce) {
 
 subject strait_subject() {
   return {.name = "strait",
-          .connect = connect,
           .run = run,
           .forget_names = forget_names,
           .is_ring = true,
-          .may_be_alone = true,
+          .in_any_memory = true,
           .pins_itself = true};
 }
 
