@@ -14,6 +14,7 @@
 
 #include <fmt/format.h>
 
+#include "../conductor.hpp"
 #include "../subject.hpp"
 #include "strait.hpp"
 
@@ -200,7 +201,8 @@ strait::task<> work_over_a_socket(end& self) {
   const std::string name = "unix:@" + bare_name(self.nonce(), "door");
   const strait::channel_options options = options_for(self);
   if (!self.producing()) {
-    strait::listener<M, M> door{name, {.lanes = options}};
+    // As patient as the conductor: on a machine with other work the client may be slow, but it is ours.
+    strait::listener<M, M> door{name, {.lanes = options, .handshake = conductor::patience}};
     auto peer = door.blocking_accept();
     return consumers_work<M>(self, std::move(peer.in), std::move(peer.out));
   }
