@@ -1,4 +1,4 @@
-# What `cmake --install` puts where, and the Debian packages of the same: `cpack -G DEB` (docs/14-consuming.md).
+# What `cmake --install` puts where, and the Debian packages of the same: `cpack -G DEB` (docs/18-consuming.md).
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
