@@ -1,8 +1,13 @@
 #include "cases.hpp"
 
 #include <algorithm>
+#include <initializer_list>
+#include <iterator>
 #include <limits>
 #include <memory>
+#include <optional>
+#include <span>
+#include <utility>
 
 #include <fmt/format.h>
 
@@ -22,10 +27,16 @@ double target_ns(const plan& how) {
   return how.quick ? 10e6 : 60e6;
 }
 
+/// Whether strait's channels lie in each memory that was asked for, one after the other.
+bool compares_memories(const job& task) {
+  return !alone(task.kind) && task.counted == tally::nothing && task.message_bytes == 8;
+}
+
 /// One subject, or one setting of one, in the rounds of a case.
 struct lane {
   const subject* what;
   unsigned variant;
+  memory where;
   std::unique_ptr<pair> ends;
   end::round size;
   std::vector<double> values;
@@ -115,10 +126,20 @@ double value_of(const lane& one, const job& task) {
   return 0;
 }
 
-std::string placement_of(const lane& one, const job& task, const conductor& by, memory where) {
-  if (alone(task.kind) && !beside_load(task.kind)) return "one thread";
-  const bool threads = where == memory::private_memory && one.what->may_be_alone && !alone(task.kind);
-  return by.where().words + (threads ? ", one process" : "");
+/// Whether the case has only one thread, for which it does not matter how far away the other CPU is.
+bool on_one_thread(const job& task) {
+  return alone(task.kind) && !beside_load(task.kind);
+}
+
+std::string placement_of(const lane& one, const job& task, const conductor& by) {
+  if (on_one_thread(task)) return "one thread";
+  return by.where().words + (one.ends->in_one_process() ? ", one process" : "");
+}
+
+/// The memory in which a lane's channels lie because it was asked for; empty where that cannot be chosen.
+std::string_view memory_of(const lane& one, const job& task) {
+  if (!one.what->in_any_memory || alone(task.kind)) return {};
+  return memory_names[static_cast<std::size_t>(one.where)];
 }
 
 std::string state_of(const lane& one, const job& task, bool one_cpu) {
@@ -135,28 +156,31 @@ std::string state_of(const lane& one, const job& task, bool one_cpu) {
     state += fmt::format(", beside {:.1f} M messages/s", one.load * 1e3 / one.load_ns);
   }
   if (one.what->name == "strait") state += task.kind == work::parked ? ", park" : ", adaptive";
+  if (const std::string_view where = memory_of(one, task); !where.empty()) state += fmt::format(", {}", where);
   if (one.what->name == "posix-mq" && task.kind == work::batch) state += ", no batch call";
   if (!one.what->variants.empty()) state += fmt::format(", {}", one.what->variants[one.variant]);
   return state;
 }
 
-row to_row(lane& one, const bench_case& what, const conductor& by, memory where) {
-  if (!one.refused.empty()) {
-    return {.kase = std::string{what.name},
-            .subject = std::string{one.what->name},
-            .placement = by.where().words,
-            .state = "not counted: " + one.refused,
-            .unit = std::string{what.unit}};
-  }
-  const summary over_rounds = summarise(one.values);
+/// `line`: what the bare line took, at each look.
+row to_row(lane& one, const bench_case& what, const conductor& by, const std::vector<double>& line) {
   row result{.kase = std::string{what.name},
              .subject = std::string{one.what->name},
-             .placement = placement_of(one, what.task, by, where),
-             .state = state_of(one, what.task, by.where().one_cpu()),
+             .placement = placement_of(one, what.task, by),
+             .state = "not counted: " + one.refused,
              .unit = std::string{what.unit},
-             .median = over_rounds.median,
-             .min = over_rounds.min,
-             .max = over_rounds.max};
+             .memory = std::string{memory_of(one, what.task)}};
+  if (!line.empty()) {
+    const summary seen = summarise(line);
+    result.line_min = seen.min;
+    result.line_max = seen.max;
+  }
+  if (!one.refused.empty()) return result;
+  result.state = state_of(one, what.task, by.where().one_cpu());
+  const summary over_rounds = summarise(one.values);
+  result.median = over_rounds.median;
+  result.min = over_rounds.min;
+  result.max = over_rounds.max;
   if (!one.samples.empty()) {
     std::sort(one.samples.begin(), one.samples.end());
     const double scale = what.unit == "us" ? 1e3 : 1.0;
@@ -196,36 +220,53 @@ std::span<const bench_case> cases() {
   return all;
 }
 
-double line_ns(conductor& by) {
-  pair ends{by, subject_named("raw-line"), 0, {work::spin, 8}, plant::none, "the probe of the machine"};
+line_probe::line_probe(conductor& by) {
+  if (by.where().one_cpu()) return;
+  ends_.emplace(by, subject_named("raw-line"), 1U, job{.kind = work::spin}, plant::none, "the probe of the machine");
+}
+
+std::optional<double> line_probe::look() {
+  if (!ends_) return std::nullopt;
+  constexpr std::uint64_t trips = 2'000;
   double best = std::numeric_limits<double>::infinity();
-  for (int round = 0; round < 5; ++round) {
-    constexpr std::uint64_t trips = 10'000;
-    ends.play({.messages = trips});
-    best = std::min(best, ends.ping_ns() / static_cast<double>(trips));
+  for (int round = 0; round < 3; ++round) {
+    ends_->play({.messages = trips});
+    best = std::min(best, ends_->ping_ns() / static_cast<double>(trips));
   }
-  ends.finish();
   return best;
 }
 
-std::vector<row> run_case(conductor& by, const bench_case& what, const plan& how, const progress& tell) {
+std::vector<row> run_case(conductor& by, line_probe& line, const bench_case& what, const plan& how,
+                          const progress& tell) {
   std::vector<lane> lanes;
   for (const std::string_view name : what.subjects) {
     if (!how.wants(name)) continue;
     const subject& one = subject_named(name);
-    const auto variants = std::max<std::size_t>(one.variants.size(), 1);
-    for (unsigned variant = 0; variant < variants; ++variant) {
-      tell(0, name);
-      lane made{.what = &one, .variant = variant, .ends = nullptr, .size = {}, .values = {}, .samples = {}};
-      job task = what.task;
-      task.memory = how.memory;
-      made.ends = std::make_unique<pair>(by, one, variant, task, how.fault, fmt::format("{}, {}", what.name, name));
-      if (what.task.counted == tally::syscalls) made.refused = made.ends->count_syscalls();
-      made.size = find_size(made, what.task, how);
-      lanes.push_back(std::move(made));
+    const bool each_memory = one.in_any_memory && compares_memories(what.task);
+    for (const memory where : std::span{how.memories}.first(each_memory ? how.memories.size() : 1)) {
+      const auto variants = std::max<std::size_t>(one.variants.size(), 1);
+      for (unsigned variant = 0; variant < variants; ++variant) {
+        tell(0, name);
+        lane made{
+            .what = &one, .variant = variant, .where = where, .ends = {}, .size = {}, .values = {}, .samples = {}};
+        job task = what.task;
+        task.memory = where;
+        std::string label = fmt::format("{}, {}", what.name, name);
+        if (each_memory) label += fmt::format(", {}", memory_names[static_cast<std::size_t>(where)]);
+        made.ends = std::make_unique<pair>(by, one, variant, task, how.fault, std::move(label));
+        if (what.task.counted == tally::syscalls) made.refused = made.ends->count_syscalls();
+        made.size = find_size(made, what.task, how);
+        lanes.push_back(std::move(made));
+      }
     }
   }
+  std::vector<double> looks;
+  const auto look_at_line = [&] {
+    if (on_one_thread(what.task)) return;
+    if (const auto seen = line.look()) looks.push_back(*seen);
+  };
   for (unsigned round = 1; round <= how.rounds; ++round) {
+    look_at_line();
     for (lane& one : lanes) {
       tell(round, one.what->name);
       one.ends->play(one.size);
@@ -237,18 +278,20 @@ std::vector<row> run_case(conductor& by, const bench_case& what, const plan& how
       one.samples.insert(one.samples.end(), samples.begin(), samples.end());
     }
   }
+  look_at_line();
   for (lane& one : lanes) one.ends->finish();
 
+  // The best variant of each subject in each memory; they stand beside one another.
   std::vector<row> rows;
-  for (const std::string_view name : what.subjects) {
-    lane* best = nullptr;
-    for (lane& one : lanes) {
-      if (one.what->name != name) continue;
-      const bool better = best != nullptr && (what.rate ? best_of(one, true) > best_of(*best, true)
-                                                        : best_of(one, false) < best_of(*best, false));
-      if (best == nullptr || better) best = &one;
-    }
-    if (best != nullptr) rows.push_back(to_row(*best, what, by, how.memory));
+  for (auto first = lanes.begin(); first != lanes.end();) {
+    const auto next = std::find_if(first, lanes.end(), [&](const lane& other) {
+      return other.what != first->what || other.where != first->where;
+    });
+    const auto best = std::max_element(first, next, [&](const lane& a, const lane& b) {
+      return what.rate ? best_of(a, true) < best_of(b, true) : best_of(a, false) > best_of(b, false);
+    });
+    rows.push_back(to_row(*best, what, by, looks));
+    first = next;
   }
   return rows;
 }

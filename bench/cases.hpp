@@ -2,8 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -30,7 +30,9 @@ struct plan {
   unsigned rounds = 9;
   bool quick = false;
   plant fault = plant::none;
-  bench::memory memory = bench::memory::posix;
+  /// Where strait's channels lie. Several are compared, in the same rounds, with messages of 8 bytes; elsewhere the first
+  /// of them counts.
+  std::vector<bench::memory> memories{bench::memory::posix};
   /// Only subjects whose names begin with one of these; all when there are none.
   std::vector<std::string> subject_prefixes;
   [[nodiscard]] bool wants(std::string_view subject) const {
@@ -40,15 +42,25 @@ struct plan {
   }
 };
 
+/// How long a bare cache line takes to the other end and back. A virtual machine says "same L3" of CPUs that its host
+/// moves about; this tells where they are. Two processes for as long as it lives, asleep between two looks.
+class line_probe {
+ public:
+  explicit line_probe(conductor& by);
+  /// In ns: the best of a few short rounds. Takes some ms. Nothing where there is only one CPU.
+  [[nodiscard]] std::optional<double> look();
+
+ private:
+  std::optional<pair> ends_;
+};
+
 /// Told before each round: which round (0 while the sizes of the rounds are found), of which subject.
 using progress = std::function<void(unsigned round, std::string_view subject)>;
 
 /// Runs all subjects of a case in interleaved rounds: each subject once, then each once again. A noisy neighbour so
-/// hits all alike. Throws on a broken message, a dead or hung end, or an interruption.
-[[nodiscard]] std::vector<row> run_case(conductor& by, const bench_case& what, const plan& how, const progress& tell);
-
-/// How long a bare cache line takes to the other end and back, in ns: the best of a few short rounds. A virtual machine
-/// says "same L3" of CPUs that its host moves about; this tells where they are.
-[[nodiscard]] double line_ns(conductor& by);
+/// hits all alike. `line` looks before each round and after the last. Throws on a broken message, a dead or hung end, or an
+/// interruption.
+[[nodiscard]] std::vector<row> run_case(conductor& by, line_probe& line, const bench_case& what, const plan& how,
+                                        const progress& tell);
 
 }  // namespace bench

@@ -13,12 +13,11 @@
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <climits>
 #include <csignal>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <memory>
 #include <system_error>
 
 #include <fmt/format.h>
@@ -179,7 +178,7 @@ pair::pair(conductor& by, const subject& what, unsigned variant, const job& task
       task_{task},
       memory_{make_memory("strait-demo control", sizeof(control))},
       map_{memory_.get(), sizeof(control)},
-      in_one_process_{task.memory == bench::memory::private_memory && what.may_be_alone && !alone(task.kind)} {
+      in_one_process_{task.memory == bench::memory::private_memory && what.in_any_memory && !alone(task.kind)} {
   static_assert(std::is_trivially_destructible_v<control>);
   auto& shared = *::new (static_cast<void*>(&map_.as<control>())) control;
   shared.kind = task.kind;
@@ -199,7 +198,7 @@ pair::pair(conductor& by, const subject& what, unsigned variant, const job& task
   by_.pairs_.push_back(this);
   try {
     // The conductor's own copies close at the end of this block: an end that dies is then seen as hung up.
-    const link inherited = what.connect(task);
+    const link inherited = what.connect != nullptr ? what.connect(task) : link{};
     processes_.reserve(2);
     processes_.push_back({.which = role::producer});
     start(processes_.back(), inherited.producer);

@@ -3,9 +3,7 @@
 
 #include <sys/types.h>
 
-#include <array>
 #include <chrono>
-#include <memory>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -42,6 +40,8 @@ class pair {
   /// Says that there are no more rounds and waits until both have ended well.
   void finish();
 
+  /// Whether both ends are threads of the producer's process.
+  [[nodiscard]] bool in_one_process() const noexcept { return in_one_process_; }
   /// Between the producer's begin and the consumer's done: a stream, or with one process its own work.
   [[nodiscard]] double stream_ns() const;
   /// Between begin and done of the end that pings.
@@ -82,7 +82,6 @@ class pair {
   descriptor memory_;
   mapping map_;
   std::vector<process> processes_;
-  /// Both ends are threads of the producer's process.
   bool in_one_process_ = false;
   bool ending_ = false;
   std::uint64_t syscalls_ = 0;

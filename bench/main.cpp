@@ -31,14 +31,15 @@ constexpr std::string_view usage =
                    [--subject PREFIX]
 
 Two processes exchange messages through a strait channel, and through what one would use instead, and check each
-message. Takes about a minute.
+message. Takes about a minute; with --memory all some 15 s more.
 
   --json FILE       write every row of the table to FILE as well, as a JSON array
   --rounds N        interleaved rounds for each subject (default 9; figures that are to be published need at least 9)
   --quick           shorter rounds: to see that it works, not how fast
-  --memory NAME     where strait's channels lie: posix (default), sysv, file (in the directory for temporary files), unix
-                    (sealed memory handed over a Unix socket), or private (both ends are then threads of one process,
-                    pinned as the two processes are)
+  --memory NAME     where strait's channels lie: posix (default), sysv, file (in the directory for temporary files),
+                    private (both ends are then threads of one process, pinned as the two processes are), unix (sealed
+                    memory handed over a Unix socket), or all: the cases with messages of 8 bytes measure strait once in
+                    each of these, in the same rounds, and the others in posix
   --case PREFIX     only the cases whose names begin with PREFIX
   --subject PREFIX  only the subjects whose names begin with PREFIX; may be given several times
   --help            this text
@@ -74,12 +75,16 @@ options parse(int argc, char** argv) {
       chosen.plan.quick = true;
     } else if (option == "--memory") {
       const std::string_view text = value();
-      const auto* const found = std::ranges::find(bench::memory_names, text);
-      if (found == bench::memory_names.end()) {
-        throw usage_error{
-            fmt::format("--memory: expected one of {}, found '{}'", fmt::join(bench::memory_names, ", "), text)};
+      chosen.plan.memories.clear();
+      for (std::size_t i = 0; i < bench::memory_names.size(); ++i) {
+        if (text == "all" || text == bench::memory_names[i]) {
+          chosen.plan.memories.push_back(static_cast<bench::memory>(i));
+        }
       }
-      chosen.plan.memory = static_cast<bench::memory>(found - bench::memory_names.begin());
+      if (chosen.plan.memories.empty()) {
+        throw usage_error{
+            fmt::format("--memory: expected one of {} or all, found '{}'", fmt::join(bench::memory_names, ", "), text)};
+      }
     } else if (option == "--case") {
       chosen.case_prefix = value();
     } else if (option == "--subject") {
@@ -219,49 +224,26 @@ int demonstrate(const options& chosen) {
   fmt::print(
       "{} interleaved rounds a subject. Rates: the best is max; times: the best is min. Each message is checked.\n",
       chosen.plan.rounds);
-  if (chosen.plan.memory == bench::memory::file) {
-    fmt::print("strait's channels are files in {}.\n", std::filesystem::temp_directory_path().string());
-  } else if (chosen.plan.memory == bench::memory::system_v) {
-    fmt::print("strait's channels are in System V memory.\n");
-  } else if (chosen.plan.memory == bench::memory::handed_over) {
-    fmt::print("strait's channels are in sealed memory that was handed over a Unix socket.\n");
-  } else if (chosen.plan.memory == bench::memory::private_memory) {
-    fmt::print("strait's channels are in private memory, their ends two threads of one process.\n");
+  if (std::ranges::find(chosen.plan.memories, bench::memory::file) != chosen.plan.memories.end()) {
+    fmt::print("strait's channels in files lie in {}.\n", std::filesystem::temp_directory_path().string());
   }
   if (chosen.plan.rounds < 9 || chosen.plan.quick) fmt::print("A short run: to see that it works, not how fast.\n");
   fmt::print("\n");
   std::fflush(stdout);
 
-  // Before each case and after the last: what the figures of different cases may be held against each other for.
-  std::vector<double> line;
-  const auto look_at_line = [&] {
-    if (!where.one_cpu()) line.push_back(bench::line_ns(conductor));
-  };
+  bench::line_probe line{conductor};
   std::vector<bench::row> rows;
   status_line status{chosen.plan.rounds};
   for (std::size_t i = 0; i < wanted.size(); ++i) {
     status.begin(i + 1, wanted.size(), wanted[i]->name);
-    look_at_line();
-    const auto found = bench::run_case(conductor, *wanted[i], chosen.plan,
+    const auto found = bench::run_case(conductor, line, *wanted[i], chosen.plan,
                                        [&](unsigned round, std::string_view subject) { status.show(round, subject); });
     status.clear();
     fmt::print("{}\n", bench::table(found));
     std::fflush(stdout);
     rows.insert(rows.end(), found.begin(), found.end());
   }
-  look_at_line();
-  if (!line.empty()) {
-    const auto [least, most] = std::minmax_element(line.begin(), line.end());
-    if (*most <= 1.5 * *least) {
-      fmt::print("A bare cache line went to the other CPU and back in {:.0f} to {:.0f} ns.\n\n", *least, *most);
-    } else {
-      fmt::print(
-          "A bare cache line went to the other CPU and back in {:.0f} ns at one time and {:.0f} ns at another: "
-          "something\n"
-          "else ran here, or the host moved our CPUs. Compare within a case only; better, measure again.\n\n",
-          *least, *most);
-    }
-  }
+  fmt::print("{}", bench::where_the_cpus_were(rows));
   if (const std::string text = bench::promises(rows); !text.empty()) {
     fmt::print("What strait promises (best round against best round):\n{}\n", text);
   }

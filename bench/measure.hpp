@@ -36,6 +36,11 @@ struct row {
   std::optional<double> p999 = {};
   /// The slowest single round trip; in the table only.
   std::optional<double> slowest = {};
+  /// Where the channel lies; empty where it is nothing that can be chosen.
+  std::string memory = {};
+  /// What a bare cache line took to the other CPU and back during the rounds of the case, in ns: the least and the most.
+  std::optional<double> line_min = {};
+  std::optional<double> line_max = {};
 };
 
 /// Ticks of the cheapest clock that never stops: the TSC where it is invariant, CLOCK_MONOTONIC elsewhere.

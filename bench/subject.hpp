@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -26,18 +27,19 @@ struct job {
 
 struct subject {
   std::string_view name;
-  /// Makes what the ends inherit; in the conductor.
-  link (*connect)(const job&);
   /// Runs one end until there are no more rounds; in its own process. Throws on a broken message or a failure.
   void (*run)(end&);
+  /// Makes what the ends inherit; in the conductor. Null: nothing.
+  link (*connect)(const job&) = nullptr;
   /// Settings of which the best counts; empty when there is nothing to set. An end is told the index.
   std::vector<std::string_view> variants = {};
   /// Removes from the system what names the ends have made, once they are gone or one has failed; in the conductor.
   void (*forget_names)(memory where, std::uint64_t nonce) = nullptr;
   /// Whether the ends share a ring of `capacity_for` messages. A round that fits into it would measure one end alone.
   bool is_ring = false;
-  /// Whether it has both ends in the producer's process when its channels are to lie in private memory.
-  bool may_be_alone = false;
+  /// Whether its channels lie in the memory that the job names; both ends are in the producer's process when that is
+  /// private.
+  bool in_any_memory = false;
   /// Whether the end pins itself: a library that places its own workers is told where.
   bool pins_itself = false;
 };

@@ -1,4 +1,4 @@
-# What `cmake --install` puts where, and the Debian packages of the same: `cpack -G DEB` (docs/14-consuming.md).
+# What `cmake --install` puts where, and the Debian packages of the same: `cpack -G DEB` (docs/18-consuming.md).
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
@@ -67,10 +67,8 @@ string(CONCAT CPACK_DEBIAN_STRAIT_DESCRIPTION
   "This package contains the static library, the module interfaces, the header for\nAsio and the CMake package.")
 # There is no program in it for dpkg-shlibdeps to look at. What the config file looks for is what is needed, and Asio
 # in exactly the version of which the library holds compiled parts.
-string(REGEX REPLACE "[0-9]+$" "" next_asio "${STRAIT_ASIO_VERSION}")
-string(REGEX MATCH "[0-9]+$" patch "${STRAIT_ASIO_VERSION}")
-math(EXPR patch "${patch} + 1")
-set(depends "libasio-dev (>= 1:${STRAIT_ASIO_VERSION}), libasio-dev (<< 1:${next_asio}${patch}~)")
+math(EXPR next "${patch} + 1")
+set(depends "libasio-dev (>= 1:${major}.${minor}.${patch}), libasio-dev (<< 1:${major}.${minor}.${next}~)")
 string(APPEND depends ", libhwloc-dev (>= 2.0)")
 if(STRAIT_MIMALLOC)
   string(APPEND depends ", libmimalloc-dev (>= 2.0)")

@@ -32,7 +32,7 @@ export import strait.channel;
 ///     entered                          ->         the duplex is ready for accept()
 ///
 /// From then on the socket carries no more than rings: the connection itself is the line of the lane towards the
-/// listener, and the third descriptor that of the lane back. What either side may do to the other is in docs/19-strangers.md.
+/// listener, and the third descriptor that of the lane back. What either side may do to the other is in docs/06-strangers.md.
 export namespace strait {
 
 /// Whom one is connected to, as the kernel tells it.

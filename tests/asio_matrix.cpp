@@ -1,4 +1,4 @@
-// One object, every coroutine world, and one function, every completion token: each cell of the tables in docs/05-asio.md.
+// One object, every coroutine world, and one function, every completion token: each cell of the tables in docs/07-asio.md.
 #include <strait/asio.hpp>
 
 #include <doctest/doctest.h>

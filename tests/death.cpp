@@ -742,6 +742,8 @@ class glass {
     const auto now = presence(who);
     return now == strait::presence::thread_parked || now == strait::presence::hub_parked;
   }
+  /// Messages that were ever sent.
+  [[nodiscard]] std::uint64_t sent() const { return header_->lane.tail.load(); }
   [[nodiscard]] std::uint64_t in_lane() const { return header_->lane.tail.load() - header_->lane.head.load(); }
   [[nodiscard]] bool full() const { return in_lane() == header_->capacity; }
 
@@ -1198,12 +1200,12 @@ void stop_a_peer(death::form how, engine& where) {
   REQUIRE(within(patience, [&] { return here.book.done > 1000; }));
   peer.send_signal(SIGSTOP);
   CHECK(within(patience, [&] { return peer.state() == 'T'; }));
-  // It comes to rest. Its word need not say so: the peer may have been stopped between taking the announcement back and
-  // ringing, and then it sleeps behind a word that says `awake`.
-  CHECK(within(patience, [&] {
-    const std::uint64_t done = here.book.done;
-    std::this_thread::sleep_for(50ms);
-    return here.book.done == done;
+  // It comes to rest when it has taken all there is, or filled the lane. Its word need not say so: the peer may have been
+  // stopped between taking the announcement back and ringing, and then it sleeps behind a word that says `awake`.
+  const glass seen{name};
+  REQUIRE(within(patience, [&] {
+    const bool nothing_to_do = std::is_same_v<Own, receiving> ? seen.in_lane() == 0 : seen.full();
+    return nothing_to_do && here.book.done == seen.sent();  // in this order: then neither changes any more
   }));
   const std::uint64_t before = here.book.done;
   std::this_thread::sleep_for(stopped_for);
@@ -1619,8 +1621,11 @@ TEST_CASE("who replaces a receiver that had taken all, from a sender that has cl
 }
 
 TEST_CASE("who is told of a death by one channel and closes the others leaves no name of them") {
-  for (int i = 0; i < 4 * rounds_factor; ++i) {
-    CAPTURE(i);
+  const int wanted = 4 * rounds_factor;
+  int shown = 0;
+  for (int attempt = 0; shown < wanted; ++attempt) {
+    CAPTURE(attempt);
+    REQUIRE(attempt < 10 * wanted);
     const std::string name = fresh_name();
     order deed = order_for(name, strait::role::sender);
     deed.part = part::slow_end;
@@ -1644,8 +1649,8 @@ TEST_CASE("who is told of a death by one channel and closes the others leaves no
       for (std::size_t j : {0U, 1U}) (void)ends[j].try_recv(told[j]);
       return told[0] || told[1];
     }));
-    // One of them, or the kernel dropped both at once and this case shows nothing.
-    CHECK(static_cast<bool>(told[0]) != static_cast<bool>(told[1]));
+    // Where both were told, the kernel had dropped both locks before we looked: this attempt shows nothing.
+    if (static_cast<bool>(told[0]) != static_cast<bool>(told[1])) ++shown;
     for (auto& end : ends) end.close();
     check_left_in_order(name + "-1");
     check_left_in_order(name + "-2");

@@ -15,16 +15,6 @@
 
 import strait.park;
 
-#if defined(STRAIT_MODEL_ASAN)
-extern "C" const char* __asan_default_options() {
-  return "detect_stack_use_after_return=0";
-}
-// Everything is several times slower there. What is explored is the same, only less of it.
-static constexpr std::uint64_t scale = 5;
-#else
-static constexpr std::uint64_t scale = 1;
-#endif
-
 namespace {
 
 using strait::presence;
@@ -667,11 +657,11 @@ model::outcome explore(std::uint64_t executions, std::uint64_t walks, std::strin
   model::outcome all;
   model::bounds limits;
   reached = "nothing in full";
-  for (unsigned level = 2; level <= 12 && all.executions < executions / scale; ++level) {
+  for (unsigned level = 2; level <= 12 && all.executions < executions; ++level) {
     limits.preemptions = level / 2;
     limits.old_reads = std::min((level - 1) / 2, 3U);
     limits.spurious_wakes = level < 4 ? 0 : 1;
-    limits.executions = executions / scale - all.executions;
+    limits.executions = executions - all.executions;
     const auto got = model::the_world().explore<Scenario>(limits, arguments...);
     all.executions += got.executions;
     all.failed = got.failed;
@@ -682,7 +672,7 @@ model::outcome explore(std::uint64_t executions, std::uint64_t walks, std::strin
     reached = fmt::format("all with <= {} preemptions, <= {} old reads", limits.preemptions, limits.old_reads);
   }
   limits.executions = 0;
-  limits.walks = walks / scale;
+  limits.walks = walks;
   const auto got = model::the_world().explore<Scenario>(limits, arguments...);
   all.executions += got.executions;
   all.failed = got.failed;
@@ -704,14 +694,14 @@ void expect_clean(const char* what, const Arguments&... arguments) {
   const auto got = explore<Scenario>(executions, walks, reached, arguments...);
   CHECK_MESSAGE(!got.failed, got.report);
   CHECK_MESSAGE(got.exhausted, "not even the smallest bounds were exhausted");
-  CHECK(got.executions >= walks / scale + 1000 / scale);
+  CHECK(got.executions >= walks + 1000);
   fmt::print("  {:<32} {:>8} executions; {}\n", what, got.executions, reached);
 }
 
 template <class Scenario, class... Arguments>
 void expect_found(const char* what, const char* reason, const Arguments&... arguments) {
   std::string reached;
-  const auto got = explore<Scenario>(executions * scale, walks * scale, reached, arguments...);
+  const auto got = explore<Scenario>(executions, walks, reached, arguments...);
   CHECK_MESSAGE(got.failed, "not found in " << got.executions << " executions: " << what);
   CHECK_MESSAGE(got.report.find(reason) != std::string::npos, got.report);
   fmt::print("  {:<32} found after {:>6} executions: {}\n", what, got.executions,

@@ -54,6 +54,6 @@ endforeach()
 if(compiled)
   add_library(test-listings OBJECT ${compiled})
   target_link_libraries(test-listings PRIVATE strait::strait fmt::fmt)
-  target_include_directories(test-listings PRIVATE "${PROJECT_SOURCE_DIR}")  # docs/13-examples.md includes from examples/
+  target_include_directories(test-listings PRIVATE "${PROJECT_SOURCE_DIR}")  # docs/17-examples.md includes from examples/
   strait_warnings(test-listings)
 endif()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The difference that moderation makes to the chat server of examples/embed, as docs/13-examples.md shows it.
+# The difference that moderation makes to the chat server of examples/embed, as docs/17-examples.md shows it.
 #
 #     tools/embed_diff.sh             prints it
 #     tools/embed_diff.sh --write     puts it into the page
@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
-readonly page=docs/13-examples.md
+readonly page=docs/17-examples.md
 readonly begin='<!-- the output of tools/embed_diff.sh -->'
 
 made() {

@@ -31,10 +31,6 @@ asio::awaitable<void> awaits(end& self, channel& messages) {
   }
 }
 
-link connect(const job&) {
-  return {};
-}
-
 void run(end& self) {
   asio::io_context context{1};
   channel messages{context, capacity_for(sizeof(M))};
@@ -47,7 +43,7 @@ void run(end& self) {
 }  // namespace
 
 subject asio_channel_subject() {
-  return {.name = "asio-concurrent-channel", .connect = connect, .run = run};
+  return {.name = "asio-concurrent-channel", .run = run};
 }
 
 }  // namespace bench

@@ -94,10 +94,6 @@ void run_with(end& self) {
   context.run();
 }
 
-link connect(const job&) {
-  return {};
-}
-
 void run(end& self) {
   self.variant() == 0 ? run_with<asio::any_io_executor>(self) : run_with<asio::io_context::executor_type>(self);
 }
@@ -105,10 +101,7 @@ void run(end& self) {
 }  // namespace
 
 subject asio_co_spawn_subject() {
-  return {.name = "asio-co-spawn",
-          .connect = connect,
-          .run = run,
-          .variants = {"any_io_executor", "io_context::executor_type"}};
+  return {.name = "asio-co-spawn", .run = run, .variants = {"any_io_executor", "io_context::executor_type"}};
 }
 
 }  // namespace bench

@@ -155,10 +155,6 @@ void run_beside_load(end& self) {
   }
 }
 
-link connect(const job&) {
-  return {};
-}
-
 void run(end& self) {
   switch (self.kind()) {
     case work::task_switch:
@@ -173,7 +169,7 @@ void run(end& self) {
 }  // namespace
 
 subject asio_post_subject() {
-  return {.name = "asio-post", .connect = connect, .run = run};
+  return {.name = "asio-post", .run = run};
 }
 
 }  // namespace bench

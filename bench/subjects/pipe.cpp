@@ -33,7 +33,7 @@ void run(end& self) {
 }  // namespace
 
 subject pipe_subject() {
-  return {.name = "pipe", .connect = connect, .run = run};
+  return {.name = "pipe", .run = run, .connect = connect};
 }
 
 }  // namespace bench

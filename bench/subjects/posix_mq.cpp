@@ -86,7 +86,7 @@ void run(end& self) {
 }  // namespace
 
 subject posix_mq_subject() {
-  return {.name = "posix-mq", .connect = connect, .run = run};
+  return {.name = "posix-mq", .run = run, .connect = connect};
 }
 
 }  // namespace bench

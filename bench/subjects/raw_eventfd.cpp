@@ -64,7 +64,7 @@ void run(end& self) {
 }  // namespace
 
 subject raw_eventfd_subject() {
-  return {.name = "raw-eventfd", .connect = connect, .run = run};
+  return {.name = "raw-eventfd", .run = run, .connect = connect};
 }
 
 }  // namespace bench

@@ -46,7 +46,7 @@ void run(end& self) {
 }  // namespace
 
 subject raw_line_subject() {
-  return {.name = "raw-line", .connect = connect, .run = run, .variants = {"no PAUSE", "1 PAUSE"}};
+  return {.name = "raw-line", .run = run, .connect = connect, .variants = {"no PAUSE", "1 PAUSE"}};
 }
 
 }  // namespace bench

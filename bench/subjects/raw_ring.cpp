@@ -13,10 +13,6 @@ namespace {
 
 using M = message<8>;
 
-link connect(const job&) {
-  return {};
-}
-
 void run(end& self) {
   auto [sending, receiving] =
       strait::endpoint::make_private(strait::shape_of<M>, {.capacity = capacity_for(sizeof(M))}, nullptr);
@@ -48,7 +44,7 @@ void run(end& self) {
 }  // namespace
 
 subject raw_ring_subject() {
-  return {.name = "raw-ring", .connect = connect, .run = run};
+  return {.name = "raw-ring", .run = run};
 }
 
 }  // namespace bench

@@ -6,7 +6,6 @@
 // price in latency. Of each the best setting counts. In batches both copy whole runs and store one cursor a batch.
 #include <algorithm>
 #include <atomic>
-#include <new>
 
 #include "../subject.hpp"
 
@@ -172,16 +171,16 @@ void run_tuned(end& self) {
 
 subject textbook_ring_subject() {
   return {.name = "textbook-ring",
-          .connect = connect,
           .run = run_textbook,
+          .connect = connect,
           .variants = {"no PAUSE", "1 PAUSE"},
           .is_ring = true};
 }
 
 subject tuned_ring_subject() {
   return {.name = "tuned-ring",
-          .connect = connect,
           .run = run_tuned,
+          .connect = connect,
           .variants = {"8 PAUSEs", "32 PAUSEs", "128 PAUSEs"},
           .is_ring = true};
 }

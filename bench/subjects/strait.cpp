@@ -5,7 +5,6 @@
 #include <chrono>
 #include <exception>
 #include <filesystem>
-#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -15,6 +14,7 @@
 
 #include <fmt/format.h>
 
+#include "../conductor.hpp"
 #include "../subject.hpp"
 #include "strait.hpp"
 
@@ -201,7 +201,8 @@ strait::task<> work_over_a_socket(end& self) {
   const std::string name = "unix:@" + bare_name(self.nonce(), "door");
   const strait::channel_options options = options_for(self);
   if (!self.producing()) {
-    strait::listener<M, M> door{name, {.lanes = options}};
+    // As patient as the conductor: on a machine with other work the client may be slow, but it is ours.
+    strait::listener<M, M> door{name, {.lanes = options, .handshake = conductor::patience}};
     auto peer = door.blocking_accept();
     return consumers_work<M>(self, std::move(peer.in), std::move(peer.out));
   }
@@ -266,10 +267,6 @@ void run(end& self) {
   runtime.join();
 }
 
-link connect(const job&) {
-  return {};
-}
-
 /// Once the ends are gone: while they run, `strait ls` shows their channels.
 void forget_names(memory where, std::uint64_t nonce) {
   if (where == memory::private_memory || where == memory::handed_over) return;  // they have none
@@ -286,11 +283,10 @@ void forget_names(memory where, std::uint64_t nonce) {
 
 subject strait_subject() {
   return {.name = "strait",
-          .connect = connect,
           .run = run,
           .forget_names = forget_names,
           .is_ring = true,
-          .may_be_alone = true,
+          .in_any_memory = true,
           .pins_itself = true};
 }
 

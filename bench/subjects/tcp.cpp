@@ -38,7 +38,7 @@ link connect(const job& task) {
 }  // namespace
 
 subject tcp_subject() {
-  return {.name = "tcp", .connect = connect, .run = run_socket};
+  return {.name = "tcp", .run = run_socket, .connect = connect};
 }
 
 }  // namespace bench

@@ -5,8 +5,6 @@
 
 #include <cstdint>
 #include <exception>
-#include <stdexcept>
-#include <string>
 
 #include "../subject.hpp"
 

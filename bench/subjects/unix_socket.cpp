@@ -19,7 +19,7 @@ link connect(const job&) {
 }  // namespace
 
 subject unix_socket_subject() {
-  return {.name = "unix-socket", .connect = connect, .run = run_socket};
+  return {.name = "unix-socket", .run = run_socket, .connect = connect};
 }
 
 }  // namespace bench

@@ -97,6 +97,9 @@ asio::awaitable<void> feed::hear(subscriber& from) {
   std::error_code error;
   while (const auto said = co_await from.line.recv(error)) {
     // It may be anybody's process: nothing it says is believed. A range that holds no symbol is just that.
+    if (!from.wants) {
+      std::fprintf(stderr, "feed: subscriber %u wants symbols %u to %u\n", from.id, said->first, said->last);
+    }
     from.wants = *said;
   }
   std::fprintf(stderr, "feed: subscriber %u %s, having missed %llu\n", from.id,
@@ -113,7 +116,8 @@ void feed::publish_one(const tick& next) {
     tick own = next;
     own.missed = to.missed;
     std::error_code gone;  // whether it closed or died is what `hear` is told
-    if (!to.line.try_send(own, gone) && !gone) ++to.missed;
+    if (to.line.try_send(own, gone) || gone) continue;
+    if (to.missed++ == 0) std::fprintf(stderr, "feed: subscriber %u is too slow, and misses ticks\n", to.id);
   }
 }
 
@@ -129,6 +133,7 @@ asio::awaitable<void> feed::publish() {
     timer.expires_after(1ms);
     co_await timer.async_wait(asio::use_awaitable);
   }
+  std::fprintf(stderr, "feed: begins\n");
   const auto began = std::chrono::steady_clock::now();
   const auto interval = std::chrono::nanoseconds{1'000'000'000 / chosen_.rate};
   timer.expires_at(began);

@@ -58,6 +58,11 @@ bool follow(strait::duplex<tick, subscription>& feed, const options& chosen, tal
     } else if (wanted_between(so_far.last, next->number, chosen.wants) != next->missed - told_before) {
       throw std::runtime_error{"ticks are missing, and the feed does not say so"};
     }
+    if (next->missed != told_before) {
+      std::printf("missed %llu before tick %llu\n", static_cast<unsigned long long>(next->missed - told_before),
+                  static_cast<unsigned long long>(next->number));
+      std::fflush(stdout);
+    }
     told_before = next->missed;
     so_far.last = next->number;
     so_far.missed = next->missed;

@@ -1,4 +1,4 @@
-# A Conan 2 recipe (docs/14-consuming.md). Untested: Conan was not at hand. It builds the source beside it.
+# A Conan 2 recipe (docs/18-consuming.md). Untested: Conan was not at hand. It builds the source beside it.
 import os
 
 from conan import ConanFile

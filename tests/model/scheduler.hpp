@@ -26,6 +26,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <csetjmp>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -35,14 +36,6 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
-
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define STRAIT_MODEL_ASAN 1
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-#endif
 
 namespace model {
 
@@ -102,10 +95,8 @@ class world {
   };
 
   world() {
-    for (auto& fiber : fibers_) {
-      fiber.stack.reset(new std::byte[stack_bytes]);
-      ::getcontext(&fiber.context);
-    }
+    for (std::size_t i = 0; i < most_threads; ++i) make(fibers_[i]);
+    fibers_[nobody].begun = true;  // whoever calls `explore`
   }
   world(const world&) = delete;
   world& operator=(const world&) = delete;
@@ -318,10 +309,14 @@ class world {
     bool (*condition)(const void*) = nullptr;
     const void* condition_state = nullptr;
   };
+  /// `_setjmp` and `_longjmp` hand over, because swapcontext makes a system call each time, which was half of all the time
+  /// spent here. That they may jump to another stack is glibc's promise, not C's, and not with _FORTIFY_SOURCE.
   struct fiber {
     std::unique_ptr<std::byte[]> stack;
-    ucontext_t context;
-    void* shadow_stack = nullptr;
+    /// Where it begins an execution, and where it goes on in one.
+    std::jmp_buf beginning;
+    std::jmp_buf left_at;
+    bool begun = false;
   };
   struct step {
     std::size_t thread;
@@ -463,35 +458,34 @@ class world {
     std::abort();
   }
 
-  void swap(fiber& from, fiber& to) {
-#if defined(STRAIT_MODEL_ASAN)
-    // A fiber that is never resumed leaves its fake stack behind: run with detect_stack_use_after_return=0.
-    const bool outside = &to == &fibers_[nobody];
-    __sanitizer_start_switch_fiber(&from.shadow_stack, outside ? outside_stack_ : to.stack.get(),
-                                   outside ? outside_stack_bytes_ : stack_bytes);
-    ::swapcontext(&from.context, &to.context);
-    __sanitizer_finish_switch_fiber(from.shadow_stack, nullptr, nullptr);
-#else
-    ::swapcontext(&from.context, &to.context);
-#endif
+  static void swap(fiber& from, fiber& to) {
+    if (_setjmp(from.left_at) != 0) return;
+    _longjmp(std::exchange(to.begun, true) ? to.left_at : to.beginning, 1);
   }
 
-  static inline world* starting = nullptr;
+  /// Gives a fiber its stack and runs it up to its beginning.
+  void make(fiber& made) {
+    made.stack.reset(new std::byte[stack_bytes]);
+    ucontext_t context;
+    ::getcontext(&context);
+    context.uc_stack.ss_sp = made.stack.get();
+    context.uc_stack.ss_size = stack_bytes;
+    context.uc_link = nullptr;
+    starting = {this, &made};
+    ::makecontext(&context, &world::fiber_main, 0);
+    if (_setjmp(fibers_[nobody].left_at) == 0) ::setcontext(&context);
+  }
 
-  template <class Scenario>
+  static inline struct {
+    world* in;
+    fiber* which;
+  } starting{};
+
+  /// Never returns. Whoever begins an execution comes back into it, whatever stood on the stack above.
   static void fiber_main() {
-    world& self = *starting;
-#if defined(STRAIT_MODEL_ASAN)
-    // The first fiber of an execution comes from outside and learns that stack's bounds; the others come from fibers.
-    const void* bottom = nullptr;
-    std::size_t bytes = 0;
-    __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
-    if (!std::exchange(self.came_in_, true)) {
-      self.outside_stack_ = bottom;
-      self.outside_stack_bytes_ = bytes;
-    }
-#endif
-    static_cast<Scenario*>(self.scenario_)->run(self.running_);
+    world& self = *starting.in;
+    if (_setjmp(starting.which->beginning) == 0) _longjmp(self.fibers_[nobody].left_at, 1);
+    self.run_(self.scenario_, self.running_);
     self.me().state = done;
     self.note("done", "", 0, 0);
     self.give_way();
@@ -506,14 +500,11 @@ class world {
     failure_ = nullptr;
     running_ = nobody;
     depth_ = steps_ = preemptions_ = old_reads_ = spurious_ = 0;
-#if defined(STRAIT_MODEL_ASAN)
-    came_in_ = false;
-#endif
     thread_count_ = Scenario::names.size();
     static_assert(Scenario::names.size() <= most_threads);
     Scenario scenario{arguments...};
     scenario_ = &scenario;
-    starting = this;
+    run_ = [](void* which, std::size_t thread) { static_cast<Scenario*>(which)->run(thread); };
     if constexpr (requires { scenario.may_rest(); }) {
       may_rest_ = [](void* which) { return static_cast<Scenario*>(which)->may_rest(); };
     } else {
@@ -523,15 +514,7 @@ class world {
       threads_[i] = {};
       // What the constructor did comes before every thread.
       threads_[i].seen = threads_[i].released = outside_.seen;
-      auto& made = fibers_[i];
-#if defined(STRAIT_MODEL_ASAN)
-      ASAN_UNPOISON_MEMORY_REGION(made.stack.get(), stack_bytes);
-      made.shadow_stack = nullptr;
-#endif
-      made.context.uc_stack.ss_sp = made.stack.get();
-      made.context.uc_stack.ss_size = stack_bytes;
-      made.context.uc_link = nullptr;
-      ::makecontext(&made.context, &world::fiber_main<Scenario>, 0);
+      fibers_[i].begun = false;
     }
     running_ = walking_ ? random() % thread_count_ : choose(static_cast<unsigned>(thread_count_));
     swap(fibers_[nobody], fibers_[running_]);
@@ -567,12 +550,8 @@ class world {
   std::size_t thread_count_ = 0;
   std::size_t running_ = nobody;
   std::array<fiber, most_threads + 1> fibers_;
-#if defined(STRAIT_MODEL_ASAN)
-  const void* outside_stack_ = nullptr;
-  std::size_t outside_stack_bytes_ = 0;
-  bool came_in_ = false;
-#endif
   void* scenario_ = nullptr;
+  void (*run_)(void*, std::size_t) = nullptr;
   bool (*may_rest_)(void*) = nullptr;
 
   bounds bounds_;

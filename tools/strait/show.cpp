@@ -88,7 +88,9 @@ std::string condition_of(const channel_state& channel) {
   return text;
 }
 
-std::string end_of(const end_state& end) {
+/// The process at this end of a channel, and in which state the end is.
+std::string end_of(const channel_state& channel, role which) {
+  const end_state& end = channel.ends[static_cast<std::size_t>(which)];
   if (end.pid == 0) return std::string{state_of(end)};
   return fmt::format("{} {}", end.pid, state_of(end));
 }
@@ -136,10 +138,6 @@ std::string columns(const std::vector<row>& rows, const std::vector<bool>& right
     text += line + '\n';
   }
   return text;
-}
-
-const end_state& end_of(const channel_state& channel, role which) {
-  return channel.ends[static_cast<std::size_t>(which)];
 }
 
 }  // namespace
@@ -251,7 +249,7 @@ std::string list(const std::vector<channel_state>& channels) {
     row cells{safe(channel.name.text()), condition_of(channel)};
     if (is_known(channel)) {
       cells.insert(cells.end(), {type_of(channel), fmt::to_string(channel.capacity), fmt::to_string(channel.depth),
-                                 end_of(end_of(channel, role::sender)), end_of(end_of(channel, role::receiver))});
+                                 end_of(channel, role::sender), end_of(channel, role::receiver)});
     }
     rows.push_back(std::move(cells));
   }
@@ -292,8 +290,8 @@ std::string rates_table(const std::vector<channel_state>& channels, const std::v
     row cells{safe(channel.name.text()), condition_of(channel)};
     if (is_known(channel)) {
       cells.insert(cells.end(), {bar(channel.depth, channel.capacity), brief(each[i].sent), brief(each[i].taken),
-                                 brief(each[i].parks), brief(each[i].wakes), end_of(end_of(channel, role::sender)),
-                                 end_of(end_of(channel, role::receiver))});
+                                 brief(each[i].parks), brief(each[i].wakes), end_of(channel, role::sender),
+                                 end_of(channel, role::receiver)});
     }
     rows.push_back(std::move(cells));
   }

@@ -1,7 +1,6 @@
 #pragma once
 /// How channels are shown: for people and for programs. Names and types come from strangers, so no byte of them reaches
 /// a terminal or a JSON document unexamined.
-#include <cstddef>
 #include <string>
 #include <string_view>
 #include <vector>

@@ -1,4 +1,4 @@
-# An overlay port (docs/14-consuming.md). Untested: vcpkg was not at hand. It builds the source beside it, and needs a triplet
+# An overlay port (docs/18-consuming.md). Untested: vcpkg was not at hand. It builds the source beside it, and needs a triplet
 # whose compiler is clang 19 or newer (VCPKG_CHAINLOAD_TOOLCHAIN_FILE).
 get_filename_component(SOURCE_PATH "${CMAKE_CURRENT_LIST_DIR}/../../.." ABSOLUTE)
 
