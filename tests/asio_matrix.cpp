@@ -463,11 +463,22 @@ struct reserve_case : sending {
 /// When the operation can go on: before it begins, or only when it waits.
 enum class when : std::uint8_t { ready, waits };
 
+/// Calls `use` with the type of each operation.
+template <class Use>
+void each_case(Use use) {
+  use(std::type_identity<recv_case>{});
+  use(std::type_identity<recv_many_case>{});
+  use(std::type_identity<peek_case>{});
+  use(std::type_identity<send_case>{});
+  use(std::type_identity<send_many_case>{});
+  use(std::type_identity<reserve_case>{});
+}
+
 /// Has `one(context, operation, completed)` begin each operation, in both ways, and runs the context; then calls what
 /// `one` returned, if that is anything. One of the two must have counted one completion.
 template <class One>
 void each_operation(One one) {
-  const auto with = [&]<class Case>(std::type_identity<Case>) {
+  each_case([&]<class Case>(std::type_identity<Case>) {
     for (const when how : {when::ready, when::waits}) {
       asio::io_context context{1};
       Case operation;
@@ -492,13 +503,7 @@ void each_operation(One one) {
       }
       CHECK(completed == 1);
     }
-  };
-  with(std::type_identity<recv_case>{});
-  with(std::type_identity<recv_many_case>{});
-  with(std::type_identity<peek_case>{});
-  with(std::type_identity<send_case>{});
-  with(std::type_identity<send_many_case>{});
-  with(std::type_identity<reserve_case>{});
+  });
 }
 
 /// A handler that checks what it is called with.
@@ -507,6 +512,16 @@ auto checking(Case& operation, int& completed) {
   return [&](std::error_code error, auto... results) {
     CHECK_FALSE(error);
     operation.check(std::move(results)...);
+    ++completed;
+  };
+}
+
+/// A handler of an operation that is cancelled.
+template <class Case>
+auto aborted(Case& operation, int& completed) {
+  return [&](std::error_code error, auto... results) {
+    CHECK(error == asio::error::operation_aborted);
+    operation.check_aborted(std::move(results)...);
     ++completed;
   };
 }
@@ -695,18 +710,14 @@ TEST_CASE("bind_cancellation_slot: a cancelled operation did nothing") {
           checking(operation, completed)(error, std::move(results)...);
         })));
   });
-  const auto cancelled = []<class Case>(std::type_identity<Case>) {
+  each_case([]<class Case>(std::type_identity<Case>) {
     // ... and one that is cancelled while it waits says so.
     asio::io_context context{1};
     Case operation;
     asio::cancellation_signal stop;
     int completed = 0;
-    operation.begin(asio::bind_executor(
-        context, asio::bind_cancellation_slot(stop.slot(), [&](std::error_code error, auto... results) {
-          CHECK(error == asio::error::operation_aborted);
-          operation.check_aborted(std::move(results)...);
-          ++completed;
-        })));
+    operation.begin(
+        asio::bind_executor(context, asio::bind_cancellation_slot(stop.slot(), aborted(operation, completed))));
     context.poll();
     CHECK(completed == 0);
     stop.emit(asio::cancellation_type::terminal);
@@ -714,13 +725,7 @@ TEST_CASE("bind_cancellation_slot: a cancelled operation did nothing") {
     context.run();
     CHECK(completed == 1);
     operation.check_untouched();
-  };
-  cancelled(std::type_identity<recv_case>{});
-  cancelled(std::type_identity<recv_many_case>{});
-  cancelled(std::type_identity<peek_case>{});
-  cancelled(std::type_identity<send_case>{});
-  cancelled(std::type_identity<send_many_case>{});
-  cancelled(std::type_identity<reserve_case>{});
+  });
 }
 
 TEST_CASE("what a cancelled async_send_many had sent is told, and stays sent") {
@@ -751,26 +756,16 @@ TEST_CASE("cancel_after") {
     operation.begin(
         asio::cancel_after(std::chrono::hours{1}, asio::bind_executor(context, checking(operation, completed))));
   });
-  const auto late = []<class Case>(std::type_identity<Case>) {
+  each_case([]<class Case>(std::type_identity<Case>) {
     asio::io_context context{1};
     Case operation;
     int completed = 0;
-    operation.begin(asio::cancel_after(std::chrono::milliseconds{1},
-                                       asio::bind_executor(context, [&](std::error_code error, auto... results) {
-                                         CHECK(error == asio::error::operation_aborted);
-                                         operation.check_aborted(std::move(results)...);
-                                         ++completed;
-                                       })));
+    operation.begin(
+        asio::cancel_after(std::chrono::milliseconds{1}, asio::bind_executor(context, aborted(operation, completed))));
     context.run();
     CHECK(completed == 1);
     operation.check_untouched();
-  };
-  late(std::type_identity<recv_case>{});
-  late(std::type_identity<recv_many_case>{});
-  late(std::type_identity<peek_case>{});
-  late(std::type_identity<send_case>{});
-  late(std::type_identity<send_many_case>{});
-  late(std::type_identity<reserve_case>{});
+  });
 }
 #endif
 

@@ -80,6 +80,20 @@ struct identity {
   }
 };
 
+asio::ssl::context server_that_is(const identity& who) {
+  asio::ssl::context made{asio::ssl::context::tls_server};
+  made.use_certificate(asio::buffer(who.certificate), asio::ssl::context::pem);
+  made.use_private_key(asio::buffer(who.key), asio::ssl::context::pem);
+  return made;
+}
+
+asio::ssl::context client_that_expects(const identity& whom) {
+  asio::ssl::context made{asio::ssl::context::tls_client};
+  made.set_verify_mode(asio::ssl::verify_peer);
+  made.add_certificate_authority(asio::buffer(whom.certificate));
+  return made;
+}
+
 /// Answers each line with itself, until the client says farewell; what it answered goes into a channel.
 strait::task<> serve(stream_type stream, strait::sender<std::size_t> answered) {
   co_await stream.async_handshake(asio::ssl::stream_base::server, use_op);
@@ -116,12 +130,8 @@ strait::task<> count(strait::receiver<std::size_t> answered, std::size_t& bytes)
 
 TEST_CASE("a TLS connection between two tasks, beside a channel") {
   const identity server{"strait.test"};
-  asio::ssl::context server_side{asio::ssl::context::tls_server};
-  server_side.use_certificate(asio::buffer(server.certificate), asio::ssl::context::pem);
-  server_side.use_private_key(asio::buffer(server.key), asio::ssl::context::pem);
-  asio::ssl::context client_side{asio::ssl::context::tls_client};
-  client_side.set_verify_mode(asio::ssl::verify_peer);
-  client_side.add_certificate_authority(asio::buffer(server.certificate));
+  asio::ssl::context server_side = server_that_is(server);
+  asio::ssl::context client_side = client_that_expects(server);
 
   asio::io_context context{1};
   socket_type near{context};
@@ -139,14 +149,8 @@ TEST_CASE("a TLS connection between two tasks, beside a channel") {
 }
 
 TEST_CASE("a server that cannot show who it is: the handshake's error is thrown") {
-  const identity server{"strait.test"};
-  const identity other{"strait.test"};
-  asio::ssl::context server_side{asio::ssl::context::tls_server};
-  server_side.use_certificate(asio::buffer(server.certificate), asio::ssl::context::pem);
-  server_side.use_private_key(asio::buffer(server.key), asio::ssl::context::pem);
-  asio::ssl::context client_side{asio::ssl::context::tls_client};
-  client_side.set_verify_mode(asio::ssl::verify_peer);
-  client_side.add_certificate_authority(asio::buffer(other.certificate));
+  asio::ssl::context server_side = server_that_is(identity{"strait.test"});
+  asio::ssl::context client_side = client_that_expects(identity{"strait.test"});  // of the same name, but another
 
   asio::io_context context{1};
   socket_type near{context};

@@ -12,12 +12,14 @@
 #include <asio/awaitable.hpp>
 #include <asio/cancellation_signal.hpp>
 #include <asio/cancellation_type.hpp>
+#include <asio/co_spawn.hpp>
 #include <asio/dispatch.hpp>
 #include <asio/error.hpp>
 #include <asio/executor_work_guard.hpp>
 #include <asio/io_context.hpp>
 #include <asio/post.hpp>
 #include <asio/recycling_allocator.hpp>
+#include <asio/strand.hpp>
 #include <asio/system_executor.hpp>
 #include <asio/use_awaitable.hpp>
 #include <atomic>
@@ -26,6 +28,7 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <optional>
 #include <span>
@@ -34,6 +37,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <variant>
 
 #include "strait/asio_names.hpp"
 
@@ -88,26 +92,63 @@ hub& hub_for(const Executor& executor) {
 ///
 /// What waits itself on the hub is found and freed there when the context is destroyed; what waits through others, as a
 /// selection does, is entered as a root for as long as it waits.
+///
+/// A turn of the hub, on whichever thread, finds that it can go on; everything after that happens on the handler's
+/// executor. That has to run one thing at a time where operations are cancelled, as for all of Asio. The system executor
+/// does not, so there each operation has a strand.
 template <class Step, class Handler>
 class handler_wait final : public hub_waiter, private hub_root {
  public:
   static void start(Step step, Handler&& handler) {
-    const auto executor = asio::get_associated_executor(handler, asio::system_executor{});
+    const executor_type executor{asio::get_associated_executor(handler, asio::system_executor{})};
     hub& where = hub_for(executor);
     allocator_type allocator = allocator_for(handler);
-    handler_wait* made = std::allocator_traits<allocator_type>::allocate(allocator, 1);
-    ::new (static_cast<void*>(made)) handler_wait{where, std::move(step), std::move(handler), executor};
+    handler_wait* const memory = std::allocator_traits<allocator_type>::allocate(allocator, 1);
+    std::unique_ptr<handler_wait, dismantled> made{
+        ::new (static_cast<void*>(memory)) handler_wait{where, std::move(step), std::move(handler), executor}};
     auto slot = asio::get_associated_cancellation_slot(made->handler_);
     if (slot.is_connected()) {
-      slot.assign([made](asio::cancellation_type type) {
-        if (type != asio::cancellation_type::none) made->cancel();
-      });
+      made->reach_ = std::allocate_shared<reach>(asio::recycling_allocator<reach>{}, made.get(), executor);
+      slot.template emplace<canceller>(made->reach_);
     }
-    made->wait();
+    made.release()->wait();
   }
 
  private:
-  using executor_type = asio::associated_executor_t<Handler, asio::system_executor>;
+  using associated_executor = asio::associated_executor_t<Handler, asio::system_executor>;
+  using executor_type = std::conditional_t<std::is_same_v<associated_executor, asio::system_executor>,
+                                           asio::strand<asio::system_executor>, associated_executor>;
+
+  /// By which a cancellation finds the operation. A signal may be emitted on any thread, as by the first operation of a
+  /// group, also while this one completes: so the slot is not cleared then, and the way goes by the operation's executor.
+  struct reach {
+    explicit reach(handler_wait* of, const executor_type& by) : operation{of}, executor{by} {}
+    /// For the executor; `operation` is read and written on the executor only.
+    std::mutex mutex;
+    handler_wait* operation;
+    /// Empty once the operation is over: an executor must not be kept for longer than its context may live.
+    std::optional<executor_type> executor;
+  };
+  /// What the slot holds.
+  struct canceller {
+    std::shared_ptr<reach> found_by;
+    explicit canceller(std::shared_ptr<reach> by) noexcept : found_by{std::move(by)} {}
+    void operator()(asio::cancellation_type type) const {
+      if (type == asio::cancellation_type::none) return;
+      const std::optional<executor_type> executor = [this] {
+        const std::lock_guard lock{found_by->mutex};
+        return found_by->executor;
+      }();
+      if (!executor) return;
+      asio::dispatch(*executor, [by = found_by] {
+        if (by->operation != nullptr) by->operation->cancel();
+      });
+    }
+  };
+  struct dismantled {
+    void operator()(handler_wait* what) const noexcept { what->dismantle(); }
+  };
+
   using associated = asio::associated_allocator_t<Handler>;
   /// Asio's own cache of small blocks, unless the user brought an allocator.
   using allocator_source =
@@ -176,22 +217,24 @@ class handler_wait final : public hub_waiter, private hub_root {
     };
     allocator_type allocator = allocator_for(handler_);
     rest left{std::move(step_), std::move(handler_), std::move(work_)};
+    if (reach_) {
+      const std::lock_guard lock{reach_->mutex};
+      reach_->operation = nullptr;
+      reach_->executor.reset();
+    }
     this->~handler_wait();
     std::allocator_traits<allocator_type>::deallocate(allocator, this, 1);
     return left;
   }
 
   /// The way from the hub's turn to the handler's executor. Until it has arrived this object stays as it is: a
-  /// cancellation comes by the handler's executor, and may come meanwhile.
+  /// cancellation may come meanwhile.
   class delivery {
    public:
     delivery(handler_wait* what, bool aborted) noexcept : what_{what}, aborted_{aborted} {}
     void operator()() { what_.release()->finish(aborted_); }
 
    private:
-    struct dismantled {
-      void operator()(handler_wait* what) const noexcept { what->dismantle(); }
-    };
     /// Never delivered, when the context is destroyed first.
     std::unique_ptr<handler_wait, dismantled> what_;
     bool aborted_;
@@ -199,17 +242,28 @@ class handler_wait final : public hub_waiter, private hub_root {
 
   /// On the handler's executor: only here a message is taken.
   void finish(bool aborted) {
+    // Woken and then cancelled, it leaves what is there: where Asio cancels the others as soon as one is complete, no
+    // second message is taken for somebody who wants only one.
+    if (cancelled_ && !committed()) aborted = true;
     // On the way, another operation on the same handle may have taken what this one was woken for.
-    if (!aborted && !step_.waiting().look(false)) {
-      if (!cancelled_) return wait();
-      aborted = true;
-    }
-    asio::get_associated_cancellation_slot(handler_).clear();
+    if (!aborted && !step_.waiting().look(false)) return wait();
     auto left = dismantle();
     left.step.invoke(std::move(left.handler), aborted);
   }
 
-  /// On the handler's executor, as Asio's cancellation asks for.
+  /// Whether it has done what cannot be undone.
+  [[nodiscard]] bool committed() {
+    auto& operation = step_.waiting();
+    if constexpr (requires { operation.committed(); }) {
+      return operation.committed();
+    } else if constexpr (requires { operation.sent(); }) {
+      return operation.look(false);  // it sends while it looks, and all is sent
+    } else {
+      return false;
+    }
+  }
+
+  /// On the handler's executor.
   void cancel() {
     cancelled_ = true;
     // Completing already; or it will, when what it waits for has been cancelled in turn.
@@ -222,6 +276,8 @@ class handler_wait final : public hub_waiter, private hub_root {
   Step step_;
   Handler handler_;
   asio::executor_work_guard<executor_type> work_;
+  /// Null where there is no slot.
+  std::shared_ptr<reach> reach_;
   bool cancelled_ = false;
 };
 
@@ -509,17 +565,26 @@ inline constexpr use_op_t use_op{};
 
 namespace detail {
 
-/// The error code that a result is or begins with; null: none.
+/// The error code that a result is, holds or begins with; zero: none.
 template <class Result>
-[[nodiscard]] const std::error_code* error_in(const Result&) noexcept {
-  return nullptr;
+[[nodiscard]] std::error_code error_in(const Result&) noexcept {
+  return {};
 }
-[[nodiscard]] inline const std::error_code* error_in(const std::error_code& error) noexcept {
-  return &error;
+[[nodiscard]] inline std::error_code error_in(const std::error_code& error) noexcept {
+  return error;
 }
-template <class... Rest>
-[[nodiscard]] const std::error_code* error_in(const std::tuple<std::error_code, Rest...>& results) noexcept {
-  return &std::get<0>(results);
+[[nodiscard]] inline std::error_code error_in(const std::exception_ptr& failure) noexcept {
+  try {
+    if (failure) std::rethrow_exception(failure);
+  } catch (const std::system_error& error) {
+    return error.code();
+  } catch (...) {  // still in `failure`, for whoever is told of it
+  }
+  return {};
+}
+template <class First, class... Rest>
+[[nodiscard]] std::error_code error_in(const std::tuple<First, Rest...>& results) noexcept {
+  return error_in(std::get<0>(results));
 }
 
 /// What an operation of Asio and the coroutine that waits for it have in common, so that each may outlive the other.
@@ -623,8 +688,7 @@ class op_state final : public hub_waiter {
 
   [[nodiscard]] bool aborted() const noexcept {
     if constexpr (sizeof...(Results) > 0) {
-      const std::error_code* const error = error_in(std::get<0>(*results_));
-      return error != nullptr && *error == asio::error::operation_aborted;
+      return error_in(std::get<0>(*results_)) == asio::error::operation_aborted;
     } else {
       return false;
     }
@@ -841,7 +905,122 @@ class [[nodiscard]] op_awaiter<Initiation, void(Results...), Arguments...> {
   resumption alone_;
 };
 
+/// Begins a coroutine of Asio's as an operation, on the executor of whoever waits for it.
+struct begin_coroutine {
+  template <class Handler, class T>
+  void operator()(Handler&& handler, asio::awaitable<T> coroutine) const {
+    const asio::any_io_executor executor = asio::get_associated_executor(handler);
+    asio::co_spawn(executor, std::move(coroutine), std::forward<Handler>(handler));
+  }
+};
+
+/// What stands beside an `||`, as an operation of a selection.
+template <class Operation, class Executor>
+Operation alternative(asio::awaitable<awaited<Operation>, Executor>&& operation) {
+  return std::move(operation).take_operation();
+}
+template <class T, class Executor>
+auto alternative(asio::awaitable<T, Executor>&& coroutine) {
+  static_assert(std::is_same_v<Executor, asio::any_io_executor>,
+                "beside an operation of strait's, `||` takes coroutines of Asio's default executor only");
+  if constexpr (std::is_void_v<T>) {
+    return op_awaiter<begin_coroutine, void(std::exception_ptr), asio::awaitable<void>>{nullptr, begin_coroutine{},
+                                                                                        std::move(coroutine)};
+  } else {
+    static_assert(std::is_default_constructible_v<T>,
+                  "what a coroutine beside an `||` returns must have a value when it throws: make it a std::optional");
+    return op_awaiter<begin_coroutine, void(std::exception_ptr, T), asio::awaitable<T>>{nullptr, begin_coroutine{},
+                                                                                        std::move(coroutine)};
+  }
+}
+
+/// What `a || b` yields: as Asio's does, all alternatives of a chain in one variant.
+template <class Left, class Right>
+struct alternatives {
+  using type = std::variant<Left, Right>;
+  static type left(Left value) { return type{std::in_place_index<0>, std::move(value)}; }
+  static type right(Right value) { return type{std::in_place_index<1>, std::move(value)}; }
+};
+template <class... Lefts, class Right>
+struct alternatives<std::variant<Lefts...>, Right> {
+  using type = std::variant<Lefts..., Right>;
+  static type left(std::variant<Lefts...> value) {
+    return [&]<std::size_t... Is>(std::index_sequence<Is...>) {
+      std::optional<type> made;
+      (void)((Is == value.index() && (made.emplace(std::in_place_index<Is>, std::get<Is>(std::move(value))), true)) ||
+             ...);
+      return std::move(*made);
+    }(std::index_sequence_for<Lefts...>{});
+  }
+  static type right(Right value) { return type{std::in_place_index<sizeof...(Lefts)>, std::move(value)}; }
+};
+
+/// A `select` of two that yields what `a || b` does.
+template <class Left, class Right>
+class either_operation : public select_operation<Left, Right> {
+  using base = select_operation<Left, Right>;
+  using both = decltype(base::result::result);
+  using made = alternatives<std::variant_alternative_t<0, both>, std::variant_alternative_t<1, both>>;
+
+ public:
+  using result = typename made::type;
+  using base::base;
+
+  result finish() {
+    auto done = base::finish();
+    return done.index == 0 ? made::left(std::get<0>(std::move(done.result)))
+                           : made::right(std::get<1>(std::move(done.result)));
+  }
+  result finish_cancelled(std::error_code why) { throw std::system_error{why, "a || b"}; }
+};
+
+template <class Left, class Right, class Executor>
+auto either(asio::awaitable<Left, Executor>&& left, asio::awaitable<Right, Executor>&& right) {
+  using operation = either_operation<decltype(alternative(std::move(left))), decltype(alternative(std::move(right)))>;
+  return asio::awaitable<awaited<operation>, Executor>{
+      operation{alternative(std::move(left)), alternative(std::move(right))}};
+}
+
 }  // namespace detail
+
+/// `co_await (a || b)`, where at least one of the two is an operation of strait's and the other may be any
+/// `asio::awaitable`: does one of them, and yields what that yielded as a `std::variant`, with `std::monostate` for
+/// nothing. A chain of them yields one variant of all.
+///
+///     const auto done = co_await (orders.recv() || cancels.recv() || timer.async_wait(asio::use_awaitable));
+///
+/// It is `select`, spelled and with the result as by Asio's `awaitable_operators`, and is found with or without those. So
+/// unlike between two coroutines of Asio's nothing is lost, and the first to fail ends it: its error is thrown.
+///
+/// Waits: as `select`. Cancel safety: as `select`. Allocates: for a coroutine of Asio's beside it what `co_spawn` does, and
+/// one small block from where frames come from. Errors: as `select`. Complexity: as `select`.
+template <class Left, class Right, class Executor>
+[[nodiscard]] auto operator||(asio::awaitable<awaited<Left>, Executor> left,
+                              asio::awaitable<awaited<Right>, Executor> right) {
+  return detail::either(std::move(left), std::move(right));
+}
+/// The same; one for each of Asio's, which would otherwise be as good.
+template <class Left, class T, class Executor>
+[[nodiscard]] auto operator||(asio::awaitable<awaited<Left>, Executor> left, asio::awaitable<T, Executor> right) {
+  return detail::either(std::move(left), std::move(right));
+}
+template <class Left, class Executor>
+[[nodiscard]] auto operator||(asio::awaitable<awaited<Left>, Executor> left, asio::awaitable<void, Executor> right) {
+  return detail::either(std::move(left), std::move(right));
+}
+template <class T, class Right, class Executor>
+[[nodiscard]] auto operator||(asio::awaitable<T, Executor> left, asio::awaitable<awaited<Right>, Executor> right) {
+  return detail::either(std::move(left), std::move(right));
+}
+template <class Right, class Executor>
+[[nodiscard]] auto operator||(asio::awaitable<void, Executor> left, asio::awaitable<awaited<Right>, Executor> right) {
+  return detail::either(std::move(left), std::move(right));
+}
+template <class... Ts, class Right, class Executor>
+[[nodiscard]] auto operator||(asio::awaitable<std::variant<Ts...>, Executor> left,
+                              asio::awaitable<awaited<Right>, Executor> right) {
+  return detail::either(std::move(left), std::move(right));
+}
 
 }  // namespace strait
 
