@@ -251,8 +251,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
  private:
   /// The context ends: nothing is resumed any more, everything is freed.
   ///
-  /// No end is touched: in an Asio program the handles often go before the context. An end whose word still says
-  /// `hub_parked` is rung in vain, because the doorbell's number is never used again.
+  /// No end is touched: in an Asio program the handles often go before the context. Whoever rings for an end whose word
+  /// still says `hub_parked` wakes nobody, or the hub that has the doorbell next, for nothing.
   void shutdown() override {
     ended_ = true;
     announced_ = false;
