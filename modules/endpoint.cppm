@@ -349,7 +349,7 @@ class endpoint final : private process_watcher {
     if (!is_presence(word)) [[unlikely]]
       return found_rubbish();
     const auto now = static_cast<presence>(word);
-    if (now == presence::closed) return news::closed;
+    if (now == presence::closed) return found_closed();
     if (now != presence::vacant && now != presence::dead && entered_ &&
         // relaxed: written before the presence that was just read with acquire.
         them.incarnation.load(std::memory_order_relaxed) != watched_incarnation_) [[unlikely]] {
@@ -432,6 +432,9 @@ class endpoint final : private process_watcher {
   /// Notes that the owner goes to sleep, and where.
   void count_park(bell_kind bell) noexcept;
   [[gnu::cold]] news found_rubbish() noexcept { return poison(); }
+  [[gnu::cold]] news found_closed() noexcept;
+  /// How it ends for good, in memory that was handed over; the first word counts.
+  void decide(news fate) noexcept;
   bool look() noexcept override;
   bool look_at_line_end() noexcept;
   void wake_own_waiter() noexcept;
@@ -458,8 +461,9 @@ class endpoint final : private process_watcher {
   bool entered_ = false;
   /// Whether the memory is yet to be moved to where this end runs.
   bool memory_to_follow_ = false;
-  /// How it ended for good, where nobody replaces a peer: in memory that was handed over. Written by the sentry, or by
-  /// this end when it found an impossible value; kept here, because the peer may write what it likes to the segment.
+  /// How it ended for good, where nobody replaces a peer: in memory that was handed over. Written by the sentry when the
+  /// line has ended, or by this end when it found an impossible value, a farewell, or a death that it told; kept here,
+  /// because the peer may write what it likes to the segment.
   std::atomic<news> fate_{news::none};
   bool death_told_ = false;
   store_load barrier_ = store_load::by_fence;

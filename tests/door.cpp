@@ -697,6 +697,8 @@ TEST_CASE("a client believes nothing of what is handed over") {
   REQUIRE(::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, line.data()) == 0);
   std::array<int, 2> pipe{};
   REQUIRE(::pipe2(pipe.data(), O_CLOEXEC) == 0);
+  const raw_listener crowded{here.path("crowded.sock")};
+  const raw_socket caller = raw_socket::connected(here.path("crowded.sock"));
   const int a = there.memory.get();
   const int b = back.memory.get();
   const std::size_t before = test::open_descriptors();
@@ -709,6 +711,13 @@ TEST_CASE("a client believes nothing of what is handed over") {
   expect(client_meets(welcome, std::vector<int>(40, a)), strait::errc::foreign_segment, "found more");
   expect(client_meets(welcome, {pipe[0], b, line[1]}), strait::errc::foreign_segment, "a descriptor of another kind");
   expect(client_meets(welcome, {a, b, pipe[0]}), strait::errc::foreign_segment, "a connected Unix socket");
+  // Nor one that nobody can take its rings from: it would be readable for ever.
+  auto more_there = lane(strait::role::receiver, strait::shape_of<request>);
+  auto more_back = lane(strait::role::sender, strait::shape_of<reply>);
+  expect(client_meets(welcome, {more_there.memory.get(), more_back.memory.get(), crowded.get()}),
+         strait::errc::foreign_segment, "a connected Unix socket");
+  more_there = {};
+  more_back = {};
   // The first try above entered memory `a` and left it, so the sender has closed; each needs memory of its own.
   there = lane(strait::role::receiver, strait::shape_of<request>);
   expect(client_meets(welcome, {back.memory.get(), there.memory.get(), line[1]}), strait::errc::type_mismatch,
@@ -756,6 +765,36 @@ TEST_CASE("a client believes nothing of what is handed over") {
          "and holes");
   CHECK(test::open_descriptors() == before);
   for (const int one : {line[0], line[1], pipe[0], pipe[1]}) ::close(one);
+}
+
+TEST_CASE("a listener that hangs up in the middle is one error, whenever it does") {
+  const own_directory here;
+  const std::string path = here.path("app.sock");
+  raw_listener listens{path};
+  const strait::memory_name name = strait::parse_memory_name("unix:" + path);
+  const auto lane = [&](strait::role mine, const strait::message_shape& shape) {
+    return strait::endpoint::make_handed_over(mine, name, shape, {.capacity = 16}, true);
+  };
+  const auto client_meets = [&](auto answer) {
+    std::thread listening{[&] { answer(listens.accept()); }};
+    refusal(system(ECONNRESET), [&] { (void)strait::blocking_connect_until<reply, request>("unix:" + path, soon()); });
+    listening.join();
+  };
+  client_meets([](raw_socket) {});
+  client_meets([](raw_socket client) { (void)client.hears(1000); });
+  client_meets([](raw_socket client) { (void)client.hears(4); });
+  // With everything that a client needs, and gone before it says that it is in.
+  client_meets([&](raw_socket client) {
+    (void)client.hears(1000);
+    auto there = lane(strait::role::receiver, strait::shape_of<request>);
+    auto back = lane(strait::role::sender, strait::shape_of<reply>);
+    std::array<int, 2> line{};
+    REQUIRE(::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, line.data()) == 0);
+    const raw_socket ours{line[0]};
+    const raw_socket theirs{line[1]};
+    ::shutdown(client.get(), SHUT_RD);
+    client.say(bytes_of_welcome(), {there.memory.get(), back.memory.get(), theirs.get()});
+  });
 }
 
 // ---- strangers who got in -------------------------------------------------------------------------------------------
@@ -835,6 +874,39 @@ TEST_CASE("a death is told once at each end, and then that it is closed; a lock 
   stranger.header(1).lane.head = 0;
   for (std::uint64_t i = 0; i < 5'000 && error != strait::errc::closed; ++i) (void)peer.try_send({i, i}, error);
   CHECK(error == strait::errc::closed);
+}
+
+TEST_CASE("a peer that pretends to have died, or closed, has, whatever it writes afterwards") {
+  const own_directory here;
+  const std::string path = here.path("app.sock");
+  door_type door{"unix:" + path, {.lanes = {.capacity = 16}}};
+  for (const bool dies : {true, false}) {
+    CAPTURE(dies);
+    raw_client stranger{path};
+    stranger.greet<request, reply>();
+    REQUIRE(stranger.take_welcome() == 3);
+    stranger.hold_locks();
+    stranger.enter();
+    auto peer = door.blocking_accept_until(soon());
+    auto& mine = stranger.header(0).ends[0];
+    std::error_code error;
+    if (dies) {
+      mine.last_death = 1;
+      CHECK_FALSE(peer.blocking_recv_until(soon(), error));
+      CHECK(error == strait::errc::peer_died);
+      mine.last_death = 2;  // and once more
+    } else {
+      mine.presence = static_cast<std::uint32_t>(strait::presence::closed);
+      CHECK_FALSE(peer.blocking_recv_until(soon(), error));
+      CHECK_FALSE(error);
+      mine.presence = static_cast<std::uint32_t>(strait::presence::awake);
+    }
+    for (int i = 0; i < 3; ++i) {
+      CHECK_FALSE(peer.blocking_recv_until(std::chrono::steady_clock::now() + 1s, error));
+      CHECK_FALSE(error);  // the end of the stream
+      CHECK(peer.in.is_closed());
+    }
+  }
 }
 
 TEST_CASE("a peer that writes what cannot be poisons its channel for good, and only that") {
