@@ -248,6 +248,16 @@ struct explanation {
 
 /// One end of a channel: its place in the segment, and everything that is not on the path of each message.
 ///
+/// From the first watch to `unwatch_process` the sentry's thread looks on, beside the owner's:
+///
+/// | of this end's       | the owner                                  | the sentry, in `look`                              |
+/// |---------------------|--------------------------------------------|----------------------------------------------------|
+/// | the gate            | before the first watch and after the last  | in between, without waiting for it                 |
+/// | watched_incarnation | writes it before each watch                | reads it: another one holds the role, so it is settled |
+/// | bell                | writes it before each announcement         | rings it, after what it has to tell was written    |
+/// | fate                | see there                                  | the same                                           |
+/// | everything else     | reads and writes it                        | reads what was there before the watch              |
+///
 /// What says nothing else: Waits: never. Allocates: never. Errors: none. Complexity: constant, a system call at most.
 class endpoint final : private process_watcher {
  public:

@@ -154,9 +154,12 @@ class hub {
   /// Waits: for the slice of a turn that runs on another thread. Cancel safety: cannot be cancelled. Allocates: never.
   /// Errors: none. Complexity: constant.
   virtual void add_root(hub_root& root) noexcept = 0;
-  /// ... to here.
+  /// The same, to here.
   virtual void remove_root(hub_root& root) noexcept = 0;
-  /// Has the context's `run()` throw `error`, when the turn ends; of several, the first.
+  /// Has the context's `run()` throw `error` when the turn ends; of several, the first.
+  ///
+  /// Waits: for the slice of a turn that runs on another thread. Cancel safety: cannot be cancelled. Allocates: never.
+  /// Errors: that one. Complexity: constant.
   virtual void throw_out(std::exception_ptr error) noexcept = 0;
 
  protected:

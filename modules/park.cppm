@@ -31,10 +31,16 @@ export import strait.ring;
 ///
 /// | word value             | written by                                        | when                                     |
 /// |------------------------|---------------------------------------------------|------------------------------------------|
-/// | awake                  | owner; or a ringer, by compare-exchange           | attach, wake                             |
+/// | vacant                 | who makes the segment; who enters a channel that the peer has closed, under the gate | nobody is there yet |
+/// | awake                  | owner; or who rings it, its own sentry among them, by compare-exchange | attach, wake        |
 /// | thread_/hub_parked     | owner                                             | before it sleeps                         |
-/// | closed                 | owner                                             | its last store                           |
+/// | closed                 | owner                                             | its last store, before it drops its lock |
 /// | dead                   | a survivor, under the gate, with the lock free    | the owner's process is gone: no race     |
+///
+/// Killed after `thread_/hub_parked` an owner leaves it; a ringer that takes it back wakes nobody. Killed between taking it
+/// back and ringing, a ringer leaves `awake` with the owner asleep: whoever settles the ringer's death wakes him whatever
+/// the word says. In memory that was handed over there is no gate, the sentry of the survivor writes `dead`, and the peer
+/// may write anything at any time: there the word only tells when to look.
 export namespace strait {
 
 /// What the owner of an end is doing; one 32-bit word in shared memory.
@@ -381,6 +387,12 @@ void unwatch_process(process_watcher& watcher) noexcept;
 /// hub's doorbell. For peers that do not have the doorbell: those that have not attached yet, and those that cannot be
 /// reached over a socket.
 ///
+/// | shared word | written by                                 | read by             | what the other side may be doing            |
+/// |-------------|--------------------------------------------|---------------------|---------------------------------------------|
+/// | the word    | see above                                  | the thread          | it was announced, taken back and announced again since `arm`: the hub has looked, so the thread may sleep on |
+/// | armed       | `arm` sets it, the thread clears it, locked | the thread, locked | the thread still sleeps since the `arm` before: it then looks twice, and rings once too often |
+/// | stopped     | the destructor, locked                     | the thread, locked  | the thread sleeps on the word, which was taken back: the wake finds it, or it finds the word changed |
+///
 /// Waits: only the destructor, for the thread. Cancel safety: it cannot be cancelled. Allocates: when it is made. Errors:
 /// `std::system_error` when it is made and no thread can be had. Complexity: a system call for each sleep and wake.
 class futex_relay {
@@ -401,7 +413,7 @@ class futex_relay {
   std::mutex mutex_;
   std::condition_variable changed_;
   bool armed_ = false;
-  std::atomic<bool> stopped_{false};
+  bool stopped_ = false;
   std::thread thread_;
 };
 

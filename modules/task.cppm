@@ -78,6 +78,7 @@ class frame_heap {
   std::array<size_class, size_classes> kept_;
 };
 
+/// The same, as far as it needs no call.
 inline void* allocate_frame(std::size_t bytes) {
   auto* const kept = frame_heap::class_of(bytes);
   if (kept == nullptr || kept->first == nullptr) [[unlikely]]
@@ -86,6 +87,7 @@ inline void* allocate_frame(std::size_t bytes) {
   return std::exchange(kept->first, kept->first->next);
 }
 
+/// The same.
 inline void free_frame(void* frame, std::size_t bytes) noexcept {
   auto* const kept = frame_heap::class_of(bytes);
   if (kept == nullptr || kept->room == 0) [[unlikely]]

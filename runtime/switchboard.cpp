@@ -38,7 +38,9 @@ module strait.park;
 /// its peer's mailbox and sends its eventfd; both lie in the kernel's queue until the peer wants to ring, and only then
 /// are collected. The hub's side of that connection is kept, because the kernel ends it when the peer's process ends.
 ///
-/// Everything here is off the hot path, under one mutex.
+/// Everything here is off the hot path, under one mutex, that of the doorbells within it. A note is one message of a
+/// SEQPACKET socket: whole, or not there. Killed at any moment, a process leaves connections that the kernel ends; what it
+/// sent before is read first.
 namespace strait {
 
 namespace {
@@ -565,8 +567,7 @@ futex_relay::futex_relay(std::atomic<std::uint32_t>& word, std::uint64_t doorbel
 futex_relay::~futex_relay() {
   {
     const std::lock_guard lock{mutex_};
-    // relaxed: the mutex, or the futex call below, orders it.
-    stopped_.store(true, std::memory_order_relaxed);
+    stopped_ = true;
   }
   changed_.notify_one();
   futex_wake(word_);
@@ -585,8 +586,8 @@ void futex_relay::run() {
   ::pthread_setname_np(::pthread_self(), "strait-relay");
   std::unique_lock lock{mutex_};
   for (;;) {
-    changed_.wait(lock, [this] { return armed_ || stopped_.load(std::memory_order_relaxed); });
-    if (stopped_.load(std::memory_order_relaxed)) return;
+    changed_.wait(lock, [this] { return armed_ || stopped_; });
+    if (stopped_) return;
     armed_ = false;
     lock.unlock();
     // acquire: pairs with the ringer's compare-exchange, whose publication the hub is about to look for.
