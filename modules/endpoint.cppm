@@ -266,6 +266,16 @@ struct explanation {
 
 /// One end of a channel: its place in the segment, and everything that is not on the path of each message.
 ///
+/// From the first watch to `unwatch_process` the sentry's thread looks on, beside the owner's:
+///
+/// | of this end's       | the owner                                  | the sentry, in `look`                              |
+/// |---------------------|--------------------------------------------|----------------------------------------------------|
+/// | the gate            | before the first watch and after the last  | in between, without waiting for it                 |
+/// | watched_incarnation | writes it before each watch                | reads it: another one holds the role, so it is settled |
+/// | bell                | writes it before each announcement         | rings it, after what it has to tell was written    |
+/// | fate                | see there                                  | the same                                           |
+/// | everything else     | reads and writes it                        | reads what was there before the watch              |
+///
 /// What says nothing else: Waits: never. Allocates: never. Errors: none. Complexity: constant, a system call at most.
 class endpoint final : private process_watcher {
  public:
@@ -367,7 +377,7 @@ class endpoint final : private process_watcher {
     if (!is_presence(word)) [[unlikely]]
       return found_rubbish();
     const auto now = static_cast<presence>(word);
-    if (now == presence::closed) return news::closed;
+    if (now == presence::closed) return found_closed();
     if (now != presence::vacant && now != presence::dead && entered_ &&
         // relaxed: written before the presence that was just read with acquire.
         them.incarnation.load(std::memory_order_relaxed) != watched_incarnation_) [[unlikely]] {
@@ -450,6 +460,9 @@ class endpoint final : private process_watcher {
   /// Notes that the owner goes to sleep, and where.
   void count_park(bell_kind bell) noexcept;
   [[gnu::cold]] news found_rubbish() noexcept { return poison(); }
+  [[gnu::cold]] news found_closed() noexcept;
+  /// How it ends for good, in memory that was handed over; the first word counts.
+  void decide(news fate) noexcept;
   bool look() noexcept override;
   bool look_at_line_end() noexcept;
   void wake_own_waiter() noexcept;
@@ -476,8 +489,9 @@ class endpoint final : private process_watcher {
   bool entered_ = false;
   /// Whether the memory is yet to be moved to where this end runs.
   bool memory_to_follow_ = false;
-  /// How it ended for good, where nobody replaces a peer: in memory that was handed over. Written by the sentry, or by
-  /// this end when it found an impossible value; kept here, because the peer may write what it likes to the segment.
+  /// How it ended for good, where nobody replaces a peer: in memory that was handed over. Written by the sentry when the
+  /// line has ended, or by this end when it found an impossible value, a farewell, or a death that it told; kept here,
+  /// because the peer may write what it likes to the segment.
   std::atomic<news> fate_{news::none};
   bool death_told_ = false;
   store_load barrier_ = store_load::by_fence;

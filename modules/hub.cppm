@@ -73,11 +73,11 @@ struct hub_root {
 class hub {
  public:
   /// The hub whose turn this thread is in, or that of the worker that this thread is; null elsewhere.
-  [[nodiscard]] static hub* current() noexcept;
+  [[nodiscard]] static inline hub* current() noexcept { return current_; }
   /// Makes `of_worker` the current hub of this thread outside turns.
   ///
   /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
-  static void set_current(hub* of_worker) noexcept;
+  static inline void set_current(hub* of_worker) noexcept { current_ = of_worker; }
 
   /// Has the turn complete `waiter` when it is ready. From any thread; within a turn it costs a list insertion.
   ///
@@ -154,12 +154,18 @@ class hub {
   /// Waits: for the slice of a turn that runs on another thread. Cancel safety: cannot be cancelled. Allocates: never.
   /// Errors: none. Complexity: constant.
   virtual void add_root(hub_root& root) noexcept = 0;
-  /// The same, to here. `error`, if there is one, is thrown out of the context's `run()`.
-  virtual void remove_root(hub_root& root, std::exception_ptr error) noexcept = 0;
+  /// The same, to here.
+  virtual void remove_root(hub_root& root) noexcept = 0;
+  /// Has the context's `run()` throw `error` when the turn ends; of several, the first.
+  ///
+  /// Waits: for the slice of a turn that runs on another thread. Cancel safety: cannot be cancelled. Allocates: never.
+  /// Errors: that one. Complexity: constant.
+  virtual void throw_out(std::exception_ptr error) noexcept = 0;
 
  protected:
   hub() = default;
   ~hub() = default;
+  static constinit thread_local hub* current_;
 
  private:
   /// For `visit`. False: this thread is within a turn or a visit already, and does not leave it.

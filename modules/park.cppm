@@ -4,9 +4,11 @@ module;
 #include <chrono>
 #include <compare>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string_view>
 #include <thread>
 export module strait.park;
@@ -30,10 +32,16 @@ export import strait.ring;
 ///
 /// | word value             | written by                                        | when                                     |
 /// |------------------------|---------------------------------------------------|------------------------------------------|
-/// | awake                  | owner; or a ringer, by compare-exchange           | attach, wake                             |
+/// | vacant                 | who makes the segment; who enters a channel that the peer has closed, under the gate | nobody is there yet |
+/// | awake                  | owner; or who rings it, its own sentry among them, by compare-exchange | attach, wake        |
 /// | thread_/hub_parked     | owner                                             | before it sleeps                         |
-/// | closed                 | owner                                             | its last store                           |
+/// | closed                 | owner                                             | its last store, before it drops its lock |
 /// | dead                   | a survivor, under the gate, with the lock free    | the owner's process is gone: no race     |
+///
+/// Killed after `thread_/hub_parked` an owner leaves it; a ringer that takes it back wakes nobody. Killed between taking it
+/// back and ringing, a ringer leaves `awake` with the owner asleep: whoever settles the ringer's death wakes him whatever
+/// the word says. In memory that was handed over there is no gate, the sentry of the survivor writes `dead`, and the peer
+/// may write anything at any time: there the word only tells when to look.
 export namespace strait {
 
 /// What the owner of an end is doing; one 32-bit word in shared memory.
@@ -228,27 +236,38 @@ void futex_wake(std::atomic<std::uint32_t>& word) noexcept;
 
 /// An eventfd by which a hub of this process is woken: a latch, readable from the first ring until `drain`.
 ///
-/// Waits: never. Allocates: when it is made. Errors: `std::system_error` when it is made and no descriptor is left.
-/// Complexity: one system call at most.
+/// The bell of a hub that ended is the next hub's. Other processes keep a copy of each bell that was left in their
+/// mailbox, which costs them a descriptor; so a process has as many bells as it ever had hubs at once, and not one for
+/// each. Who still has the number of the hub before wakes its successor for nothing, which looks once more.
+///
+/// | what        | written by                             | read by        | what the other side may be doing             |
+/// |-------------|----------------------------------------|----------------|----------------------------------------------|
+/// | the eventfd | ringers, here and in other processes   | the owner      | see `bell_latch`; nobody owns it: it keeps what was rung |
+/// | the latch   | see `bell_latch`                       | the same       | the same; ringers in other processes have none |
+/// | the lines   | ends: added and taken off, list locked | the owner      | a line rings while it is added: it is readable at once |
+/// | owned       | owner, with the list locked            | ringers        | a ring that came before waits for the next owner, who drains it |
+///
+/// Waits: never. Allocates: when there are more of them than ever before. Errors: `std::system_error` when it is made and
+/// no descriptor is left. Complexity: one system call at most; linear in the bells when it is made.
 class doorbell {
  public:
-  /// Makes the eventfd and enters it in this process's list under a number of its own.
+  /// Takes one that nobody has, or makes an eventfd and enters it in this process's list under a number of its own.
   doorbell();
   ~doorbell();
   doorbell(const doorbell&) = delete;
   doorbell& operator=(const doorbell&) = delete;
 
-  /// The number under which this process's sentry and senders find it; never used twice in a process.
-  [[nodiscard]] inline std::uint64_t number() const noexcept { return number_; }
-  [[nodiscard]] inline int descriptor() const noexcept { return descriptor_; }
+  /// The number under which this process's sentry and senders find it.
+  [[nodiscard]] std::uint64_t number() const noexcept;
+  [[nodiscard]] int descriptor() const noexcept;
 
   /// Empties the eventfd and resets the latch; the lanes are looked at after this, never before.
   void drain() noexcept;
 
-  /// Rings the bell of that number in this process; nothing happens when it is gone or already rung.
+  /// Rings the bell of that number in this process; nothing happens when nobody has it or it is already rung.
   static void ring(std::uint64_t number) noexcept;
 
-  /// A duplicate of that bell's descriptor, to be sent to another process; -1 when it is gone.
+  /// A duplicate of that bell's descriptor, to be sent to another process; -1 when there is none.
   [[nodiscard]] static int duplicate(std::uint64_t number) noexcept;
 
   // A peer that is not trusted is given no eventfd: it could fill it and have our own ringers block, or swap what is
@@ -259,23 +278,34 @@ class doorbell {
   /// Waits: never. Allocates: a descriptor, for the first line of each bell. Errors: `std::system_error` when none is to
   /// be had. Complexity: one system call.
   static void attend(std::uint64_t number, int line);
-  /// No longer. Before the line is closed; nothing happens when the bell is gone.
+  /// No longer. Before the line is closed.
   static void leave(std::uint64_t number, int line) noexcept;
   /// Readable while a line is; -1 as long as there was none.
-  [[nodiscard]] inline int lines() const noexcept { return lines_; }
+  [[nodiscard]] int lines() const noexcept;
   /// Takes what rang off the lines, one message of each: an honest peer sends one for each park, and one that sends more
   /// wakes the hub again, at its own expense. The lanes are looked at after this.
   void drain_lines() noexcept;
 
-  /// In the child of a fork, with the list locked: has every bell stand for an eventfd of the child's.
+  // For forks: none may find the list locked by a thread that the child does not have.
+  static void lock_all() noexcept;
+  static void unlock_all() noexcept;
+  /// In the child, with the list locked: has every bell stand for an eventfd of the child's.
   static void renew_all() noexcept;
 
  private:
-  int descriptor_;
-  int lines_ = -1;
-  std::uint64_t number_;
-  bell_latch<> latch_;
+  struct bell;
+  struct list;
+  [[nodiscard]] static list& all() noexcept;
+  bell* bell_;
 };
+
+/// Sends one message over a connected Unix socket, with copies of up to `most_descriptors` descriptors. False, and errno
+/// set: it was not sent.
+///
+/// Waits: never: where there is no room, that is EAGAIN. Allocates: never. Errors: as errno has them. Complexity: one system
+/// call.
+bool send_at_once(int connection, std::span<const std::byte> message, std::span<const int> descriptors = {}) noexcept;
+inline constexpr std::size_t most_descriptors = 4;
 
 /// Rings whoever waits at the other end of a line; see `doorbell::attend`.
 ///
@@ -358,6 +388,12 @@ void unwatch_process(process_watcher& watcher) noexcept;
 /// hub's doorbell. For peers that do not have the doorbell: those that have not attached yet, and those that cannot be
 /// reached over a socket.
 ///
+/// | shared word | written by                                 | read by             | what the other side may be doing            |
+/// |-------------|--------------------------------------------|---------------------|---------------------------------------------|
+/// | the word    | see above                                  | the thread          | it was announced, taken back and announced again since `arm`: the hub has looked, so the thread may sleep on |
+/// | armed       | `arm` sets it, the thread clears it, locked | the thread, locked | the thread still sleeps since the `arm` before: it then looks twice, and rings once too often |
+/// | stopped     | the destructor, locked                     | the thread, locked  | the thread sleeps on the word, which was taken back: the wake finds it, or it finds the word changed |
+///
 /// Waits: only the destructor, for the thread. Cancel safety: it cannot be cancelled. Allocates: when it is made. Errors:
 /// `std::system_error` when it is made and no thread can be had. Complexity: a system call for each sleep and wake.
 class futex_relay {
@@ -378,7 +414,7 @@ class futex_relay {
   std::mutex mutex_;
   std::condition_variable changed_;
   bool armed_ = false;
-  std::atomic<bool> stopped_{false};
+  bool stopped_ = false;
   std::thread thread_;
 };
 

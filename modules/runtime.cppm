@@ -29,7 +29,7 @@ class spawn_observer {
   /// `error` is what left the task, or null. Called on the thread that ran it.
   ///
   /// Waits: never. Allocates: never. Errors: none. Complexity: constant.
-  virtual void task_ended(std::exception_ptr error) noexcept = 0;
+  virtual void task_ended(const std::exception_ptr& error) noexcept = 0;
 
  protected:
   ~spawn_observer() = default;

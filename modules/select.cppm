@@ -412,7 +412,7 @@ class task_operation {
   struct runner {
     struct promise_type {
       static void* operator new(std::size_t bytes) { return allocate_frame(bytes); }
-      static void operator delete(void* frame) noexcept { free_frame(frame); }
+      static void operator delete(void* frame, std::size_t bytes) noexcept { free_frame(frame, bytes); }
 
       runner get_return_object() noexcept { return {std::coroutine_handle<promise_type>::from_promise(*this)}; }
       std::suspend_always initial_suspend() const noexcept { return {}; }

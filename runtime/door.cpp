@@ -85,6 +85,7 @@ struct entered {
 };
 
 constexpr std::size_t descriptors_wanted = 3;
+static_assert(descriptors_wanted <= most_descriptors);
 
 told_type tell(const message_shape& shape) {
   told_type told{};
@@ -115,26 +116,7 @@ std::string harmless(std::string_view text) {
 
 template <class Message>
 bool send_message(int connection, const Message& message, std::span<const int> descriptors = {}) noexcept {
-  auto bytes = message;
-  ::iovec part{&bytes, sizeof bytes};
-  alignas(::cmsghdr) std::array<char, CMSG_SPACE(descriptors_wanted * sizeof(int))> control{};
-  ::msghdr header{};
-  header.msg_iov = &part;
-  header.msg_iovlen = 1;
-  if (!descriptors.empty()) {
-    header.msg_control = control.data();
-    header.msg_controllen = CMSG_SPACE(descriptors.size_bytes());
-    ::cmsghdr* rights = CMSG_FIRSTHDR(&header);
-    rights->cmsg_level = SOL_SOCKET;
-    rights->cmsg_type = SCM_RIGHTS;
-    rights->cmsg_len = CMSG_LEN(descriptors.size_bytes());
-    std::memcpy(CMSG_DATA(rights), descriptors.data(), descriptors.size_bytes());
-  }
-  ::ssize_t sent = 0;
-  do {
-    sent = ::sendmsg(connection, &header, MSG_DONTWAIT | MSG_NOSIGNAL);
-  } while (sent < 0 && errno == EINTR);
-  return sent == static_cast<::ssize_t>(sizeof bytes);
+  return send_at_once(connection, std::as_bytes(std::span{&message, 1}), descriptors);
 }
 
 /// Receives one message of that size. There is no room for descriptors: those that come with it never become ours.
@@ -306,13 +288,21 @@ class listening_socket {
       fail(errc::end_in_use, what_ + ": expected to find " + directory +
                                  " unlocked within a second, found that somebody holds a lock on it (flock)");
     }
-    while (!try_to_settle(makeshift, options)) {
+    bool replaces = somebody_was_here();
+    bind_under(makeshift);
+    try {
+      furnish(makeshift, options);
+      listen(options);
+      while (!take_name(makeshift, replaces)) replaces = somebody_was_here();
+    } catch (...) {
+      ::unlink(makeshift.c_str());
+      throw;
     }
   }
   listening_socket(const listening_socket&) = delete;
   listening_socket& operator=(const listening_socket&) = delete;
   ~listening_socket() {
-    if (path_.empty() || generation_ != fork_generation()) return;  // in a child: the name is the parent's
+    if (path_.empty()) return;
     directory_lock alone{path_.substr(0, path_.rfind('/') + 1)};
     // Where the lock is not to be had the name stays; the next listener finds nobody behind it.
     if (alone.error() != 0 || !alone.lock_within(at_the_directory)) return;
@@ -340,51 +330,42 @@ class listening_socket {
     if (::listen(socket_.get(), backlog) != 0) fail_errno(errno, what_ + ": listening at its socket");
   }
 
-  /// False: something came to be at the path meanwhile. The directory must be locked.
-  bool try_to_settle(const std::string& makeshift, const listener_options& options) {
-    const bool replaces = somebody_was_here();
-    if (bound_) {
-      // Not the first try: everything but the name is done.
-    } else {
-      struct ::stat left{};
-      if (::lstat(makeshift.c_str(), &left) == 0 && S_ISSOCK(left.st_mode)) ::unlink(makeshift.c_str());
-      const socket_address here{makeshift};
-      if (::bind(socket_.get(), here.get(), here.length) != 0) {
-        if (errno == EACCES || errno == EPERM || errno == EROFS) {
-          fail(errc::no_permission, what_ + ": expected a directory in which user " + std::to_string(::geteuid()) +
-                                        " may make a socket, found " + path_.substr(0, path_.rfind('/') + 1));
-        }
-        fail_errno(errno, what_ + ": binding its socket");
-      }
-      bound_ = true;
-      try {
-        if (options.group && ::lchown(makeshift.c_str(), static_cast<::uid_t>(-1), *options.group) != 0) {
-          fail_errno(errno, what_ + ": giving its socket to group " + std::to_string(*options.group));
-        }
-        if (::chmod(makeshift.c_str(), static_cast<::mode_t>(options.mode & 07777U)) != 0) {
-          fail_errno(errno, what_ + ": setting the mode of its socket");
-        }
-        if (::lstat(makeshift.c_str(), &file_) != 0) fail_errno(errno, what_ + ": looking at its socket");
-        listen(options);
-      } catch (...) {
-        ::unlink(makeshift.c_str());
-        throw;
-      }
+  void bind_under(const std::string& makeshift) {
+    struct ::stat left{};
+    if (::lstat(makeshift.c_str(), &left) == 0 && S_ISSOCK(left.st_mode)) ::unlink(makeshift.c_str());
+    const socket_address here{makeshift};
+    if (::bind(socket_.get(), here.get(), here.length) == 0) return;
+    if (errno == EACCES || errno == EPERM || errno == EROFS) {
+      fail(errc::no_permission, what_ + ": expected a directory in which user " + std::to_string(::geteuid()) +
+                                    " may make a socket, found " + path_.substr(0, path_.rfind('/') + 1));
     }
+    fail_errno(errno, what_ + ": binding its socket");
+  }
+
+  void furnish(const std::string& makeshift, const listener_options& options) {
+    if (options.group && ::lchown(makeshift.c_str(), static_cast<::uid_t>(-1), *options.group) != 0) {
+      fail_errno(errno, what_ + ": giving its socket to group " + std::to_string(*options.group));
+    }
+    if (::chmod(makeshift.c_str(), static_cast<::mode_t>(options.mode & 07777U)) != 0) {
+      fail_errno(errno, what_ + ": setting the mode of its socket");
+    }
+    if (::lstat(makeshift.c_str(), &file_) != 0) fail_errno(errno, what_ + ": looking at its socket");
+  }
+
+  /// Renames it into place. False: something came to be there meanwhile. The directory must be locked.
+  bool take_name(const std::string& makeshift, bool replaces) {
     // A stale socket is replaced at once, so that a client finds the old one or the new one. Where nothing was, nothing
     // that came meanwhile is replaced. EINVAL: a file system that cannot promise this.
     int result = replaces ? ::rename(makeshift.c_str(), path_.c_str())
                           : ::renameat2(AT_FDCWD, makeshift.c_str(), AT_FDCWD, path_.c_str(), RENAME_NOREPLACE);
     if (result != 0 && errno == EINVAL && !replaces) result = ::rename(makeshift.c_str(), path_.c_str());
     if (result == 0) return true;
-    const int error = errno;
-    if (error == EEXIST && !replaces) return false;
-    ::unlink(makeshift.c_str());
-    if (error == EACCES || error == EPERM) {
+    if (errno == EEXIST && !replaces) return false;
+    if (errno == EACCES || errno == EPERM) {
       fail(errc::no_permission,
            what_ + ": expected to replace what a dead listener left at " + path_ + ", found a socket of another user");
     }
-    fail_errno(error, what_ + ": giving its socket the name " + path_);
+    fail_errno(errno, what_ + ": giving its socket the name " + path_);
   }
 
   /// Whether there is a socket in which nobody listens any more. Throws when there is anything else.
@@ -427,19 +408,15 @@ class listening_socket {
   std::string path_;
   unshared_descriptor socket_;
   struct ::stat file_{};
-  bool bound_ = false;
-  std::uint32_t generation_ = fork_generation();
 };
 
-/// A thread that belongs to the process that made it. In a child made by fork it does not exist, and must be neither
-/// joined nor destroyed.
-void join_unless_forked(std::thread& thread, std::uint32_t generation) noexcept {
-  if (!thread.joinable()) return;
-  if (generation == fork_generation()) {
-    thread.join();
-  } else {
-    new std::thread{std::move(thread)};
-  }
+/// Destroys what has a thread of its own. In a child made by fork that thread does not exist and may have been changing
+/// anything, the descriptors were closed and their numbers are somebody else's, and the name is the parent's: there
+/// it stays as it is.
+template <class State>
+void destroy_unless_forked(std::unique_ptr<State>& state) noexcept {
+  if (state && state->generation != fork_generation()) (void)state.release();
+  state.reset();
 }
 
 }  // namespace
@@ -479,7 +456,7 @@ struct doorkeeper::state {
     // release: pairs with the acquire in run; the thread is joined in any case.
     stopped.store(true, std::memory_order_release);
     poke(bell.get());
-    join_unless_forked(thread, generation);
+    thread.join();
   }
 
   /// One that is on its way in.
@@ -547,9 +524,10 @@ struct doorkeeper::state {
   }
   static constexpr std::chrono::milliseconds moment_to_speak{100};
 
-  /// False: there is no descriptor, or no memory, for more.
+  /// False: there is no descriptor, or no memory, for more. Of those that call it takes no more than may be on their way
+  /// in: many who are refused keep nobody from being answered, nor the listener from closing.
   bool accept_newcomers(steady_clock::time_point now) {
-    while (now >= room_for_newcomers()) {
+    for (std::size_t calls = 0; calls < options.backlog && now >= room_for_newcomers(); ++calls) {
       unshared_descriptor connection;
       {
         const fork_pause pause;
@@ -698,18 +676,21 @@ doorkeeper::doorkeeper(std::string_view name, const duplex_shape& shape, const l
   state_ = std::make_unique<state>(parsed, shape, options);
 }
 
-doorkeeper::~doorkeeper() = default;
+doorkeeper::~doorkeeper() {
+  close();
+}
 
 receiver<arrival>& doorkeeper::arrivals() noexcept {
   return state_ ? state_->channel.second : closed_;
 }
 
 void doorkeeper::taken() noexcept {
-  if (state_) poke(state_->bell.get());
+  // In a child made by fork there is nobody to make room for.
+  if (state_ && state_->generation == fork_generation()) poke(state_->bell.get());
 }
 
 void doorkeeper::close() noexcept {
-  state_.reset();
+  destroy_unless_forked(state_);
 }
 
 std::uint64_t doorkeeper::refused() const noexcept {
@@ -760,7 +741,8 @@ class conversation {
     made.receiving = endpoint::enter_handed_over(role::receiver, name_, handed_[1].get(), shape_.in, options_.lanes);
     check_line(handed_[2].get());
     if (!send_message(connection_.get(), entered{})) {
-      fail_errno(errno, what_ + ": telling the listener that this end is in");
+      // Whether the end of a connection is met by a send or by a receive is a matter of the moment.
+      fail_errno(errno == EPIPE ? ECONNRESET : errno, what_ + ": telling the listener that this end is in");
     }
     made.sending->take_line(std::move(connection_));
     made.receiving->take_line(std::move(handed_[2]));
@@ -870,12 +852,13 @@ class conversation {
 
   /// Only what can never make a send or a receive of ours wait.
   void check_line(int line) const {
-    int domain = -1;
+    ::sockaddr_un peer{};
+    ::socklen_t length = sizeof peer;
+    // One that is not connected could be made to listen, and then be readable for ever with nothing to be read.
+    const bool connected = ::getpeername(line, reinterpret_cast<::sockaddr*>(&peer), &length) == 0;
     int type = -1;
-    ::socklen_t length = sizeof domain;
-    const bool known = ::getsockopt(line, SOL_SOCKET, SO_DOMAIN, &domain, &length) == 0 &&
-                       ::getsockopt(line, SOL_SOCKET, SO_TYPE, &type, &(length = sizeof type)) == 0;
-    if (!known || domain != AF_UNIX || type != SOCK_SEQPACKET) {
+    const bool known = connected && ::getsockopt(line, SOL_SOCKET, SO_TYPE, &type, &(length = sizeof type)) == 0;
+    if (!known || peer.sun_family != AF_UNIX || type != SOCK_SEQPACKET) {
       fail(errc::foreign_segment, what_ + ": expected a connected Unix socket as the third descriptor, found another");
     }
   }
@@ -924,8 +907,9 @@ struct caller::state {
   state(const state&) = delete;
   state& operator=(const state&) = delete;
   ~state() {
-    if (bell) poke(bell.get());
-    join_unless_forked(thread, generation);
+    if (!thread.joinable()) return;  // the attempt has failed before it began
+    poke(bell.get());
+    thread.join();
   }
 
   std::string to;
@@ -940,7 +924,9 @@ struct caller::state {
 caller::caller(std::string_view name, const duplex_shape& shape, const connect_options& options)
     : state_{std::make_unique<state>(name, shape, options)} {}
 
-caller::~caller() = default;
+caller::~caller() {
+  destroy_unless_forked(state_);
+}
 
 receiver<arrival>& caller::arrivals() noexcept {
   return state_->channel.second;

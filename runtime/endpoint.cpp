@@ -136,6 +136,31 @@ std::size_t checked_size(const std::string& channel, std::span<const std::byte> 
   return header.segment_bytes;
 }
 
+/// Why a channel is not the one that was asked for.
+struct misfit {
+  errc why;
+  std::string expected;
+  std::string found;
+};
+
+/// Nothing: it is. `capacity` counts where the options have one; `registered`: this process has the machine barrier.
+std::optional<misfit> misfit_of(const segment_header& header, const message_shape& shape,
+                                const channel_options& options, std::uint64_t capacity, bool registered) {
+  if (!same_type(header, shape)) return misfit{errc::type_mismatch, describe(shape), describe(shape_in(header))};
+  if (options.capacity && header.capacity != capacity) {
+    return misfit{errc::layout_mismatch, "a capacity of " + std::to_string(capacity) + " messages",
+                  std::to_string(header.capacity)};
+  }
+  if (header.barrier == store_load::by_fence) return std::nullopt;
+  if (options.order == ordering::fence) {
+    return misfit{errc::layout_mismatch, "option order = fence", "order = automatic (membarrier)"};
+  }
+  // That of one process is of no use between two.
+  if (header.barrier == store_load::by_machine_barrier && registered) return std::nullopt;
+  return misfit{errc::no_barrier, "a kernel that grants membarrier, or a channel made with option order = fence",
+                "neither"};
+}
+
 /// Whether the words of this copy of a header are such as correct ends write. The cursors are compared only where
 /// nobody lives: they were not copied at one instant.
 bool words_are_sound(const segment_header& header, bool inhabited) noexcept {
@@ -175,8 +200,10 @@ bool holds_a_deposit(const segment_header& header) noexcept {
 /// Declares the end dead if it looks alive and nobody holds its lock. The gate must be held.
 bool declare_if_dead(segment_header& header, role who, const file_locks& locks) noexcept {
   end_entry& entry = header.ends[static_cast<std::size_t>(who)];
-  // relaxed: entering and declaring are ordered by the gate.
-  if (!looks_alive(entry.presence.load(std::memory_order_relaxed)) || locks.held_by_other(byte_of(who))) return false;
+  // The lock first: who closes says so before it drops its lock, and does both without the gate where somebody was
+  // stopped in it; the other way round it could do so between the two looks, and be taken for dead.
+  // relaxed: entering and declaring are ordered by the gate, closing by the lock.
+  if (locks.held_by_other(byte_of(who)) || !looks_alive(entry.presence.load(std::memory_order_relaxed))) return false;
   // relaxed: the release of `last_death` covers it.
   entry.died_at.store(header.lane.tail.load(std::memory_order_relaxed), std::memory_order_relaxed);
   // Three stores that can be done again: if we are killed between them, the next to look finds an end that seems alive
@@ -304,17 +331,8 @@ std::unique_ptr<endpoint> endpoint::open(role mine, std::string_view name, const
     if (!sound) {
       return refuse(errc::corrupt, "a sound channel", "one that was poisoned by an impossible value");
     }
-    if (!same_type(header, shape)) return refuse(errc::type_mismatch, describe(shape), describe(shape_in(header)));
-    if (options.capacity && header.capacity != capacity) {
-      return refuse(errc::layout_mismatch, "a capacity of " + std::to_string(capacity) + " messages",
-                    std::to_string(header.capacity));
-    }
-    if (options.order == ordering::fence && header.barrier != store_load::by_fence) {
-      return refuse(errc::layout_mismatch, "option order = fence", "order = automatic (membarrier)");
-    }
-    if (header.barrier == store_load::by_machine_barrier && !registered) {
-      return refuse(errc::no_barrier, "a kernel that grants membarrier, or a channel made with option order = fence",
-                    "neither");
+    if (const auto found = misfit_of(header, shape, options, capacity, registered)) {
+      return refuse(found->why, found->expected, found->found);
     }
     if (options.open == open_mode::create && leftover) return verdict::replace;
     // A lock ends with its boot, at the latest. One that is held under another boot is held on another machine, which
@@ -460,22 +478,12 @@ std::unique_ptr<endpoint> endpoint::enter_handed_over(role mine, const memory_na
       name, memory, sizeof(segment_header),
       [&](std::span<const std::byte> bytes) {
         const std::size_t whole = checked_size(channel, bytes, checked);
-        if (!same_type(checked, shape)) {
-          fail(errc::type_mismatch,
-               channel + ": expected " + describe(shape) + ", found " + describe(shape_in(checked)));
-        }
-        if (options.capacity && checked.capacity != checked_capacity(channel, options.capacity, shape)) {
-          fail(errc::layout_mismatch, channel + ": expected a capacity of " + std::to_string(*options.capacity) +
-                                          " messages, found " + std::to_string(checked.capacity));
-        }
-        if (checked.barrier != store_load::by_fence) {
-          if (options.order == ordering::fence) {
-            fail(errc::layout_mismatch,
-                 channel + ": expected option order = fence, found order = automatic (membarrier)");
-          }
-          if (checked.barrier != store_load::by_machine_barrier || !register_barrier(store_load::by_machine_barrier)) {
-            fail(errc::no_barrier, channel + ": expected a barrier that this process can have, found another");
-          }
+        const std::uint64_t capacity = options.capacity ? checked_capacity(channel, options.capacity, shape) : 0;
+        // Asked for only where the channel wants it.
+        const bool registered =
+            checked.barrier == store_load::by_machine_barrier && register_barrier(store_load::by_machine_barrier);
+        if (const auto found = misfit_of(checked, shape, options, capacity, registered)) {
+          fail(found->why, channel + ": expected " + found->expected + ", found " + found->found);
         }
         return whole;
       },
@@ -733,7 +741,10 @@ void endpoint::death_reported() noexcept {
   // acquire: as in look_at_peer.
   death_seen_ = peer().last_death.load(std::memory_order_acquire);
   death_told_ = true;
-  if (name_.scheme == memory_scheme::handed_over) return;  // has no name that anybody would have to take away
+  if (name_.scheme == memory_scheme::handed_over) {
+    decide(news::died);  // for good, also where the peer lives and only says that it has died
+    return;              // there is no name that anybody would have to take away
+  }
   // A replacement that entered in the middle of watch_peer may be taken for the dead here. That costs whoever closes
   // beside it a second at most: in peer_has_left, the lock decides.
   // relaxed: written by this thread.
@@ -747,8 +758,9 @@ void endpoint::ring(presence parked) noexcept {
     futex_wake(peer_word());
   } else if (parked == presence::hub_parked) {
     count_one(own().wakes);
-    if (line_) {
-      ring_line(line_.get());
+    if (name_.scheme == memory_scheme::handed_over) {
+      // Without a line the peer is not in yet: what its word says is none of ours.
+      if (line_) ring_line(line_.get());
       return;
     }
     const end_entry& them = peer();
@@ -825,12 +837,20 @@ bool endpoint::look_at_line_end() noexcept {
   const bool farewell = static_cast<presence>(peer_word().load(std::memory_order_acquire)) == presence::closed;
   // So that a sender that always finds room looks, too. relaxed: what counts is `fate_`.
   if (!farewell) peer_word().store(static_cast<std::uint32_t>(presence::dead), std::memory_order_relaxed);
-  // release: pairs with the acquire in look_at_peer. What was found corrupt stays that.
-  news none = news::none;
-  fate_.compare_exchange_strong(none, farewell ? news::closed : news::died, std::memory_order_release,
-                                std::memory_order_relaxed);
+  decide(farewell ? news::closed : news::died);
   wake_own_waiter();
   return true;
+}
+
+void endpoint::decide(news fate) noexcept {
+  // release: pairs with the acquire in look_at_peer. The first counts: what was found corrupt, or told, stays that.
+  news none = news::none;
+  fate_.compare_exchange_strong(none, fate, std::memory_order_release, std::memory_order_relaxed);
+}
+
+news endpoint::found_closed() noexcept {
+  if (line_) decide(news::closed);  // for good, whatever the peer writes there afterwards
+  return news::closed;
 }
 
 void endpoint::wake_own_waiter() noexcept {

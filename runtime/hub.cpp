@@ -28,7 +28,6 @@ module strait.hub;
 namespace strait {
 namespace {
 
-thread_local hub* current_hub = nullptr;
 /// The hub whose turn this thread is in, and so may touch the lists of.
 thread_local hub* turning_hub = nullptr;
 
@@ -59,8 +58,6 @@ class intrusive_list {
   void remove(Node& node) noexcept {
     (node.previous != nullptr ? node.previous->next : first_) = node.next;
     (node.next != nullptr ? node.next->previous : last_) = node.previous;
-    node.previous = nullptr;
-    node.next = nullptr;
   }
 
  private:
@@ -99,7 +96,7 @@ asio::any_io_executor without_strand(asio::any_io_executor executor) {
 /// | everything else | the holder of mutex_         | the same                       | the mutex                            |
 ///
 /// A turn holds mutex_ throughout. In a context with one thread nobody ever waits for it.
-class asio_hub final : public asio::execution_context::service, public hub {
+class asio_hub final : public hub, public asio::execution_context::service {
  public:
   using key_type = asio_hub;
   static asio::execution_context::id id;
@@ -242,17 +239,21 @@ class asio_hub final : public asio::execution_context::service, public hub {
     roots_.push_back(root);
   }
 
-  void remove_root(hub_root& root, std::exception_ptr error) noexcept override {
+  void remove_root(hub_root& root) noexcept override {
     const auto lock = lock_unless_turning();
     roots_.remove(root);
+  }
+
+  void throw_out(std::exception_ptr error) noexcept override {
+    const auto lock = lock_unless_turning();
     if (!error_) error_ = std::move(error);
   }
 
  private:
   /// The context ends: nothing is resumed any more, everything is freed.
   ///
-  /// No end is touched: in an Asio program the handles often go before the context. An end whose word still says
-  /// `hub_parked` is rung in vain, because the doorbell's number is never used again.
+  /// No end is touched: in an Asio program the handles often go before the context. Whoever rings for an end whose word
+  /// still says `hub_parked` wakes nobody, or the hub that has the doorbell next, for nothing.
   void shutdown() override {
     ended_ = true;
     announced_ = false;
@@ -285,16 +286,16 @@ class asio_hub final : public asio::execution_context::service, public hub {
   class within_turn {
    public:
     explicit within_turn(hub* of) noexcept
-        : current_{std::exchange(current_hub, of)}, turning_{std::exchange(turning_hub, of)} {}
+        : outside_{std::exchange(current_, of)}, turning_{std::exchange(turning_hub, of)} {}
     ~within_turn() {
       turning_hub = turning_;
-      current_hub = current_;
+      current_ = outside_;
     }
     within_turn(const within_turn&) = delete;
     within_turn& operator=(const within_turn&) = delete;
 
    private:
-    hub* current_;
+    hub* outside_;
     hub* turning_;
   };
 
@@ -534,10 +535,7 @@ class asio_hub final : public asio::execution_context::service, public hub {
       // No clock of their own: `last` is as old as a few looks or completions.
       if (timer_due(last)) {
         // Some may always be due again; a pass lies between.
-        if (rang && slice_over(shared, last - began)) {
-          post_turn_behind_others();
-          return;
-        }
+        if (rang && ends_slice(shared, last - began)) return;
         ring_timers(last);
         rang = true;
         last = now_ns();
@@ -574,9 +572,8 @@ class asio_hub final : public asio::execution_context::service, public hub {
           spin_.in_vain();
         } else {
           last = now;
-          if (!slice_over(shared, now - began)) continue;
-          post_turn_behind_others();
-          return;
+          if (ends_slice(shared, now - began)) return;
+          continue;
         }
         if (spin_length() != forever) {
           idle_looks_ = 0;
@@ -585,16 +582,16 @@ class asio_hub final : public asio::execution_context::service, public hub {
         }
         last = now;
       }
-      if (!slice_over(shared, last - began)) continue;
-      post_turn_behind_others();
-      return;
+      if (ends_slice(shared, last - began)) return;
     }
   }
 
-  /// Whether others have waited long enough.
-  [[nodiscard]] bool slice_over(bool shared, std::int64_t elapsed) const noexcept {
-    return (shared && elapsed >= slice_ns) || stopped_.load(std::memory_order_relaxed) || error_ != nullptr ||
-           shared != shared_.load(std::memory_order_relaxed);
+  /// Whether others have waited long enough. Then the next turn was posted behind them.
+  [[nodiscard]] bool ends_slice(bool shared, std::int64_t elapsed) {
+    const bool over = (shared && elapsed >= slice_ns) || stopped_.load(std::memory_order_relaxed) ||
+                      error_ != nullptr || shared != shared_.load(std::memory_order_relaxed);
+    if (over) post_turn_behind_others();
+    return over;
   }
 
   static constexpr std::int64_t forever = std::numeric_limits<std::int64_t>::max();
@@ -762,12 +759,7 @@ asio::execution_context::id asio_hub::id;
 
 }  // namespace
 
-hub* hub::current() noexcept {
-  return current_hub;
-}
-void hub::set_current(hub* of_worker) noexcept {
-  current_hub = of_worker;
-}
+constinit thread_local hub* hub::current_ = nullptr;
 
 // Of no module, so that <strait/asio.hpp> can declare it: an interface unit would need Asio for that.
 extern "C++" hub& hub_of(const asio::any_io_executor& executor) {

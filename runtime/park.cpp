@@ -10,15 +10,18 @@ module;
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <ctime>
 #include <map>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <system_error>
 module strait.park;
 
@@ -38,29 +41,6 @@ int registration_command(store_load kind) noexcept {
                                                 : MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED;
 }
 
-/// This process's doorbells by number. A ringer holds the mutex while it writes, so that a descriptor is never
-/// written after its doorbell closed it and the kernel gave the number to something else.
-struct doorbell_list {
-  std::mutex mutex;
-  std::uint64_t next = 1;
-  std::map<std::uint64_t, doorbell*> entries;
-};
-
-doorbell_list& doorbells() {
-  static auto* list = new doorbell_list;  // outlives every thread that may still ring
-  return *list;
-}
-
-}  // namespace
-
-void lock_doorbells() {
-  doorbells().mutex.lock();
-}
-void unlock_doorbells() {
-  doorbells().mutex.unlock();
-}
-namespace {
-
 /// Puts what `open` makes in the place of `old`, which is closed first, so that there is room for a new one.
 template <class Open>
 void renew(int old, Open open) noexcept {
@@ -74,13 +54,39 @@ void renew(int old, Open open) noexcept {
 
 }  // namespace
 
+struct doorbell::bell {
+  std::uint64_t number = 0;
+  int eventfd = -1;
+  int lines = -1;
+  bool owned = true;
+  bell_latch<> latch;
+};
+
+/// This process's bells by number, of which none ever goes.
+struct doorbell::list {
+  std::mutex mutex;
+  std::map<std::uint64_t, bell> bells;
+};
+
+doorbell::list& doorbell::all() noexcept {
+  static auto* const bells = new list;  // outlives every thread that may still ring
+  return *bells;
+}
+
+void doorbell::lock_all() noexcept {
+  all().mutex.lock();
+}
+void doorbell::unlock_all() noexcept {
+  all().mutex.unlock();
+}
+
 void doorbell::renew_all() noexcept {
-  for (const auto& [number, bell] : doorbells().entries) {
+  for (auto& [number, bell] : all().bells) {
     // Of the child's own, in the place of the parent's, which both would otherwise read and write. The lines are the
     // parent's, and its child attends none of them.
-    renew(bell->descriptor_, [] { return ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); });
-    if (bell->lines_ >= 0) renew(bell->lines_, [] { return ::epoll_create1(EPOLL_CLOEXEC); });
-    bell->latch_.reset();
+    renew(bell.eventfd, [] { return ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); });
+    if (bell.lines >= 0) renew(bell.lines, [] { return ::epoll_create1(EPOLL_CLOEXEC); });
+    bell.latch.reset();
   }
 }
 
@@ -130,53 +136,75 @@ void futex_wake(std::atomic<std::uint32_t>& word) noexcept {
   ::syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
-doorbell::doorbell() : descriptor_{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)} {
-  if (descriptor_ < 0) throw std::system_error{errno, std::system_category(), "eventfd for a hub's doorbell"};
+doorbell::doorbell() {
   attend_forks();
-  auto& list = doorbells();
-  const std::lock_guard lock{list.mutex};
-  number_ = list.next++;
-  list.entries.emplace(number_, this);
+  auto& here = all();
+  const std::lock_guard lock{here.mutex};
+  const auto idle = std::ranges::find_if(here.bells, [](const auto& entry) { return !entry.second.owned; });
+  if (idle != here.bells.end()) {
+    bell_ = &idle->second;
+    bell_->owned = true;
+    drain();  // of rings that were for the one before
+    return;
+  }
+  const int made = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (made < 0) throw std::system_error{errno, std::system_category(), "eventfd for a hub's doorbell"};
+  const std::uint64_t number = here.bells.size() + 1;
+  try {
+    bell_ = &here.bells[number];
+  } catch (...) {
+    ::close(made);
+    throw;
+  }
+  bell_->number = number;
+  bell_->eventfd = made;
 }
 
 doorbell::~doorbell() {
-  auto& list = doorbells();
-  const std::lock_guard lock{list.mutex};
-  list.entries.erase(number_);
-  ::close(descriptor_);
-  if (lines_ >= 0) ::close(lines_);
+  const std::lock_guard lock{all().mutex};
+  bell_->owned = false;
+}
+
+std::uint64_t doorbell::number() const noexcept {
+  return bell_->number;
+}
+int doorbell::descriptor() const noexcept {
+  return bell_->eventfd;
+}
+int doorbell::lines() const noexcept {
+  return bell_->lines;
 }
 
 void doorbell::drain() noexcept {
   std::uint64_t rings = 0;
   // EAGAIN: nobody rang. There is nothing else that a read of our own eventfd can say.
-  [[maybe_unused]] const auto got = ::read(descriptor_, &rings, sizeof rings);
-  latch_.reset();
+  [[maybe_unused]] const auto got = ::read(bell_->eventfd, &rings, sizeof rings);
+  bell_->latch.reset();
 }
 
 void doorbell::ring(std::uint64_t number) noexcept {
-  auto& list = doorbells();
-  const std::lock_guard lock{list.mutex};
-  const auto found = list.entries.find(number);
-  if (found == list.entries.end() || !found->second->latch_.claim()) return;
+  auto& here = all();
+  const std::lock_guard lock{here.mutex};
+  const auto found = here.bells.find(number);
+  if (found == here.bells.end() || !found->second.owned || !found->second.latch.claim()) return;
   const std::uint64_t one = 1;
   // EAGAIN: the counter is full, so the bell is readable as it should be.
-  [[maybe_unused]] const auto put = ::write(found->second->descriptor_, &one, sizeof one);
+  [[maybe_unused]] const auto put = ::write(found->second.eventfd, &one, sizeof one);
 }
 
 int doorbell::duplicate(std::uint64_t number) noexcept {
-  auto& list = doorbells();
-  const std::lock_guard lock{list.mutex};
-  const auto found = list.entries.find(number);
-  return found == list.entries.end() ? -1 : ::fcntl(found->second->descriptor_, F_DUPFD_CLOEXEC, 0);
+  auto& here = all();
+  const std::lock_guard lock{here.mutex};
+  const auto found = here.bells.find(number);
+  return found == here.bells.end() ? -1 : ::fcntl(found->second.eventfd, F_DUPFD_CLOEXEC, 0);
 }
 
 void doorbell::attend(std::uint64_t number, int line) {
-  auto& list = doorbells();
-  const std::lock_guard lock{list.mutex};
-  const auto found = list.entries.find(number);
-  if (found == list.entries.end()) return;
-  int& lines = found->second->lines_;
+  auto& here = all();
+  const std::lock_guard lock{here.mutex};
+  const auto found = here.bells.find(number);
+  if (found == here.bells.end()) return;
+  int& lines = found->second.lines;
   if (lines < 0) lines = ::epoll_create1(EPOLL_CLOEXEC);
   ::epoll_event interest{};
   interest.events = EPOLLIN | EPOLLRDHUP;
@@ -187,35 +215,54 @@ void doorbell::attend(std::uint64_t number, int line) {
 }
 
 void doorbell::leave(std::uint64_t number, int line) noexcept {
-  auto& list = doorbells();
-  const std::lock_guard lock{list.mutex};
-  const auto found = list.entries.find(number);
+  auto& here = all();
+  const std::lock_guard lock{here.mutex};
   // ENOENT: the line ended and was taken off.
-  if (found != list.entries.end()) ::epoll_ctl(found->second->lines_, EPOLL_CTL_DEL, line, nullptr);
+  if (const auto found = here.bells.find(number); found != here.bells.end()) {
+    ::epoll_ctl(found->second.lines, EPOLL_CTL_DEL, line, nullptr);
+  }
 }
 
 void doorbell::drain_lines() noexcept {
-  auto& list = doorbells();
-  const std::lock_guard lock{list.mutex};  // no line is closed meanwhile: `leave` comes before that
+  const std::lock_guard lock{all().mutex};  // no line is closed meanwhile: `leave` comes before that
   std::array<::epoll_event, 64> events{};
-  const int count = ::epoll_wait(lines_, events.data(), static_cast<int>(events.size()), 0);
+  const int count = ::epoll_wait(bell_->lines, events.data(), static_cast<int>(events.size()), 0);
   for (int i = 0; i < count; ++i) {
     const ::epoll_event& event = events[static_cast<std::size_t>(i)];
     std::array<std::byte, 64> rings{};
     const ::ssize_t got = ::recv(event.data.fd, rings.data(), rings.size(), MSG_DONTWAIT);
     // An ended line would be readable for ever. What its end means the sentry finds out, and rings.
     if (got <= 0 && (event.events & (EPOLLHUP | EPOLLERR | EPOLLRDHUP)) != 0) {
-      ::epoll_ctl(lines_, EPOLL_CTL_DEL, event.data.fd, nullptr);
+      ::epoll_ctl(bell_->lines, EPOLL_CTL_DEL, event.data.fd, nullptr);
     }
   }
 }
 
-void ring_line(int line) noexcept {
-  const std::byte ring{};
+bool send_at_once(int connection, std::span<const std::byte> message, std::span<const int> descriptors) noexcept {
+  ::iovec part{const_cast<std::byte*>(message.data()), message.size()};  // sendmsg only reads it
+  alignas(::cmsghdr) std::array<std::byte, CMSG_SPACE(most_descriptors * sizeof(int))> control{};
+  ::msghdr header{};
+  header.msg_iov = &part;
+  header.msg_iovlen = 1;
+  if (!descriptors.empty()) {
+    header.msg_control = control.data();
+    header.msg_controllen = CMSG_SPACE(descriptors.size_bytes());
+    ::cmsghdr* rights = CMSG_FIRSTHDR(&header);
+    rights->cmsg_level = SOL_SOCKET;
+    rights->cmsg_type = SCM_RIGHTS;
+    rights->cmsg_len = CMSG_LEN(descriptors.size_bytes());
+    std::memcpy(CMSG_DATA(rights), descriptors.data(), descriptors.size_bytes());
+  }
   ::ssize_t sent = 0;
   do {
-    sent = ::send(line, &ring, sizeof ring, MSG_DONTWAIT | MSG_NOSIGNAL);
+    sent = ::sendmsg(connection, &header, MSG_DONTWAIT | MSG_NOSIGNAL);
   } while (sent < 0 && errno == EINTR);
+  return sent == static_cast<::ssize_t>(message.size());
+}
+
+void ring_line(int line) noexcept {
+  // Where it is full, nobody has read it; see there.
+  (void)send_at_once(line, std::array{std::byte{}});
 }
 
 unsigned online_cpu_count() noexcept {

@@ -40,50 +40,67 @@ namespace {
 /// in turns only, so that a spawn takes no lock: a task that ends elsewhere, resumed by something foreign, waits once more
 /// for a turn to end in.
 struct spawned : hub_waiter, hub_root {
+  /// What its first turn learns of a task that ends in it: the hub has nothing to know, and the frame frees itself.
+  struct first_turn {
+    bool ended = false;
+    std::exception_ptr error;
+  };
+
   std::coroutine_handle<task_promise<void>> task;
   spawn_observer* observer = nullptr;
-  /// While it runs in its first turn: where to say that it has ended.
-  bool* ended_at_once = nullptr;
+  /// Null behind its first turn.
+  first_turn* within = nullptr;
 
   [[nodiscard]] hub& where() const noexcept { return *static_cast<hub*>(task.promise().environment()); }
 
   static void begin(hub_waiter& waiter) {
     auto& me = static_cast<spawned&>(waiter);
-    bool ended = false;
-    me.ended_at_once = &ended;
+    spawn_observer* const observer = me.observer;
+    hub& where = me.where();
+    first_turn turn;
+    me.within = &turn;
     me.task.resume();
-    if (ended) return;  // and is gone
-    me.ended_at_once = nullptr;
-    me.where().add_root(me);
+    if (turn.ended) return tell(where, observer, turn.error);
+    me.within = nullptr;
+    where.add_root(me);
   }
-  /// At the end of the task, wherever that is.
-  static void ended(task_promise<void>& promise) noexcept {
+  /// At the end of the task, wherever that is; see task_promise.
+  static bool ended(task_promise<void>& promise, bool suspended) noexcept {
     auto& me = *std::launder(static_cast<spawned*>(promise.room()));
     hub& where = me.where();
-    if (hub::current() != &where) {
-      me.complete = [](hub_waiter& waiter) { end(static_cast<spawned&>(waiter)); };
-      where.wait(me);
-    } else if (me.ended_at_once != nullptr && !promise.failed()) [[likely]] {
-      // The hub has nothing to know.
-      *me.ended_at_once = true;
-      spawn_observer* const observer = me.observer;
-      me.task.destroy();
-      if (observer != nullptr) observer->task_ended(nullptr);
-    } else {
-      // In a turn, or on a worker's own thread outside of one, which so waits for nobody else's.
+    // In a turn, or on a worker's own thread outside of one, which so waits for nobody else's. Only there is it known
+    // whether this is the first turn.
+    const bool at_home = hub::current() == &where;
+    if (!suspended) {
+      if (!at_home || me.within == nullptr) return false;
+      me.within->error = promise.take_error();
+      me.within->ended = true;
+      return true;
+    }
+    if (at_home) {
       end(me);
+    } else {
+      me.complete = end;
+      where.wait(me);
     }
+    return false;
   }
-  static void end(spawned& me) noexcept {
+  static void end(hub_waiter& waiter) noexcept {
+    auto& me = static_cast<spawned&>(waiter);
     spawn_observer* const observer = me.observer;
-    std::exception_ptr error = me.task.promise().take_error();
-    if (me.ended_at_once != nullptr) {
-      *me.ended_at_once = true;
-      me.where().add_root(me);  // only a root has an error
-    }
-    me.where().remove_root(me, observer == nullptr ? error : nullptr);
+    hub& where = me.where();
+    const std::exception_ptr error = me.task.promise().take_error();
+    where.remove_root(me);
     me.task.destroy();
-    if (observer != nullptr) observer->task_ended(std::move(error));
+    tell(where, observer, error);
+  }
+  /// To whom the error goes, or that there is none.
+  static void tell(hub& where, spawn_observer* observer, const std::exception_ptr& error) noexcept {
+    if (observer != nullptr) {
+      observer->task_ended(error);
+    } else if (error) {
+      where.throw_out(error);
+    }
   }
 };
 static_assert(sizeof(spawned) <= task_promise<void>::room_bytes && alignof(spawned) <= alignof(void*));
@@ -93,17 +110,15 @@ static_assert(std::is_trivially_destructible_v<spawned>, "nobody destroys it; it
 
 void spawn_on(hub& where, task<> what, spawn_observer* observer) noexcept {
   const auto task = std::move(what).release();
-  auto& kept = *::new (task.promise().room()) spawned;
-  kept.task = task;
-  kept.observer = observer;
-  kept.complete = spawned::begin;
-  // The context ends before its first turn.
-  kept.abandon = [](hub_waiter& waiter) noexcept { static_cast<spawned&>(waiter).task.destroy(); };
-  kept.destroy = [](hub_root& root) noexcept {
+  // The context ends before its first turn, or after that.
+  const auto abandon = [](hub_waiter& waiter) noexcept { static_cast<spawned&>(waiter).task.destroy(); };
+  const auto destroy = [](hub_root& root) noexcept {
     auto& me = static_cast<spawned&>(root);
     if (me.owner != nullptr) me.owner->withdraw(me);
     me.task.destroy();
   };
+  auto& kept = *::new (task.promise().room())
+                   spawned{{.complete = spawned::begin, .abandon = abandon}, {.destroy = destroy}, task, observer};
   task.promise().run_alone(&where, spawned::ended);
   where.wait(kept);
 }
@@ -163,8 +178,8 @@ struct worker final : spawn_observer {
   explicit worker(task_count& of_runtime) noexcept : tasks{of_runtime} {}
 
   /// Of a task that was spawned on this worker's own thread, on which it ends as well.
-  void task_ended(std::exception_ptr error) noexcept override {
-    if (error) tasks.fail(std::move(error));
+  void task_ended(const std::exception_ptr& error) noexcept override {
+    if (error) tasks.fail(error);
     if (--own_tasks == 0) tasks.remove();
   }
   void spawn_here(task<> what) noexcept {
@@ -194,8 +209,8 @@ struct runtime::state final : spawn_observer {
 #endif
 
   /// Of a task that was spawned from outside.
-  void task_ended(std::exception_ptr error) noexcept override {
-    if (error) tasks.fail(std::move(error));
+  void task_ended(const std::exception_ptr& error) noexcept override {
+    if (error) tasks.fail(error);
     tasks.remove();
   }
 

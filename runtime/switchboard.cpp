@@ -24,6 +24,7 @@ module;
 #include <mutex>
 #include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -37,12 +38,10 @@ module strait.park;
 /// its peer's mailbox and sends its eventfd; both lie in the kernel's queue until the peer wants to ring, and only then
 /// are collected. The hub's side of that connection is kept, because the kernel ends it when the peer's process ends.
 ///
-/// Everything here is off the hot path, under one mutex.
+/// Everything here is off the hot path, under one mutex, that of the doorbells within it. A note is one message of a
+/// SEQPACKET socket: whole, or not there. Killed at any moment, a process leaves connections that the kernel ends; what it
+/// sent before is read first.
 namespace strait {
-
-// In runtime/park.cpp.
-void lock_doorbells();
-void unlock_doorbells();
 
 namespace {
 
@@ -146,7 +145,7 @@ class switchboard {
     if (line == nullptr) return false;
     if (line->offered.contains(number)) return true;
     const descriptor bell{doorbell::duplicate(number)};
-    if (!bell || !send_note(line->connection.get(), number, bell.get())) return false;
+    if (!bell || !send_note(line->connection.get(), number, std::array{bell.get()})) return false;
     line->offered.insert(number);
     return true;
   }
@@ -166,7 +165,7 @@ class switchboard {
       // it and clears O_NONBLOCK after it came here, which takes malice.
       [[maybe_unused]] const auto put = ::write(found->second.eventfd.get(), &one, sizeof one);
     } else {
-      send_note(found->second.connection, number, -1);
+      send_note(found->second.connection, number);
     }
   }
 
@@ -237,7 +236,7 @@ class switchboard {
     std::set<std::uint64_t> offered;
   };
   struct bell {
-    descriptor eventfd;  // empty when the descriptor did not arrive: this process had no room for it
+    descriptor eventfd;  // empty when none arrived: this process had no room for it, or it was something else
     int connection;
   };
   struct watched {
@@ -249,29 +248,9 @@ class switchboard {
     int line = -1;
   };
 
-  bool send_note(int connection, std::uint64_t number, int bell) const noexcept {
-    note text;
-    text.from = identity_;
-    text.doorbell_number = number;
-    ::iovec part{&text, sizeof text};
-    alignas(::cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
-    ::msghdr message{};
-    message.msg_iov = &part;
-    message.msg_iovlen = 1;
-    if (bell >= 0) {
-      message.msg_control = control.data();
-      message.msg_controllen = control.size();
-      ::cmsghdr* header = CMSG_FIRSTHDR(&message);
-      header->cmsg_level = SOL_SOCKET;
-      header->cmsg_type = SCM_RIGHTS;
-      header->cmsg_len = CMSG_LEN(sizeof(int));
-      std::memcpy(CMSG_DATA(header), &bell, sizeof bell);
-    }
-    ::ssize_t sent = 0;
-    do {
-      sent = ::sendmsg(connection, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
-    } while (sent < 0 && errno == EINTR);
-    return sent == sizeof text;
+  bool send_note(int connection, std::uint64_t number, std::span<const int> bell = {}) const noexcept {
+    const note text{.from = identity_, .doorbell_number = number};
+    return send_at_once(connection, std::as_bytes(std::span{&text, 1}), bell);
   }
 
   outgoing* connect_to(process_identity process) {
@@ -353,7 +332,8 @@ class switchboard {
         doorbell::ring(text.doorbell_number);
         continue;
       }
-      if (arrived && !is_eventfd(arrived.get())) continue;
+      // Then it rings like one that did not arrive: over the connection, at no risk. So it does where /proc does not tell.
+      if (arrived && !is_eventfd(arrived.get())) arrived = {};
       // Its owner has made it so; if not, a full counter would have the ringer wait for him.
       if (arrived) ::fcntl(arrived.get(), F_SETFL, O_NONBLOCK);
       bells_.insert_or_assign({text.from, text.doorbell_number}, bell{std::move(arrived), connection});
@@ -485,16 +465,16 @@ void register_fork_handlers() {
       [] {
         creation.lock();
         if (auto* now = current_switchboard.load(std::memory_order_relaxed)) now->mutex.lock();
-        lock_doorbells();
+        doorbell::lock_all();
       },
       [] {
-        unlock_doorbells();
+        doorbell::unlock_all();
         if (auto* now = current_switchboard.load(std::memory_order_relaxed)) now->mutex.unlock();
         creation.unlock();
       },
       [] {
         doorbell::renew_all();
-        unlock_doorbells();
+        doorbell::unlock_all();
         if (auto* now = current_switchboard.load(std::memory_order_relaxed)) {
           now->abandon_in_child();
           now->mutex.unlock();
@@ -587,8 +567,7 @@ futex_relay::futex_relay(std::atomic<std::uint32_t>& word, std::uint64_t doorbel
 futex_relay::~futex_relay() {
   {
     const std::lock_guard lock{mutex_};
-    // relaxed: the mutex, or the futex call below, orders it.
-    stopped_.store(true, std::memory_order_relaxed);
+    stopped_ = true;
   }
   changed_.notify_one();
   futex_wake(word_);
@@ -607,8 +586,8 @@ void futex_relay::run() {
   ::pthread_setname_np(::pthread_self(), "strait-relay");
   std::unique_lock lock{mutex_};
   for (;;) {
-    changed_.wait(lock, [this] { return armed_ || stopped_.load(std::memory_order_relaxed); });
-    if (stopped_.load(std::memory_order_relaxed)) return;
+    changed_.wait(lock, [this] { return armed_ || stopped_; });
+    if (stopped_) return;
     armed_ = false;
     lock.unlock();
     // acquire: pairs with the ringer's compare-exchange, whose publication the hub is about to look for.

@@ -285,7 +285,7 @@ TEST_CASE("what was woken and is cancelled before it was its turn takes nothing"
   }
 }
 
-TEST_CASE("what Asio throws away between two coroutines, and what it does not, is as docs/05-asio.md says") {
+TEST_CASE("what Asio throws away between two coroutines, and what it does not, is as docs/07-asio.md says") {
   run_on_strand([]() -> asio::awaitable<void> {
     filled a{1};
     filled b{2};

@@ -35,6 +35,7 @@
 #include <vector>
 
 #include "coroutines.hpp"
+#include "segment_files.hpp"
 #include "strangers.hpp"
 
 import strait;
@@ -43,6 +44,7 @@ namespace {
 
 using namespace std::chrono_literals;
 using test::bytes_of_welcome;
+using test::check_refused;
 using test::own_directory;
 using test::raw_client;
 using test::raw_listener;
@@ -79,18 +81,6 @@ std::chrono::steady_clock::time_point soon() {
   return std::chrono::steady_clock::now() + 30s;
 }
 
-/// What `attempt` throws, which must be of this code.
-template <class Attempt>
-std::string refusal(std::error_code expected, Attempt attempt) {
-  try {
-    attempt();
-  } catch (const std::system_error& error) {
-    CHECK_MESSAGE(error.code() == expected, error.what());
-    return error.what();
-  }
-  FAIL_CHECK("nothing was refused");
-  return {};
-}
 std::error_code system(int error) {
   return {error, std::system_category()};
 }
@@ -359,7 +349,7 @@ TEST_CASE("forms that do not wait, or not for long") {
   CHECK(door.is_closed());
   (void)door.blocking_accept(error);
   CHECK(error == strait::errc::closed);
-  refusal(strait::errc::closed, [&] { (void)door.try_accept(); });
+  check_refused(strait::errc::closed, {}, [&] { (void)door.try_accept(); });
   asio::io_context context{1};
   std::error_code told;
   strait::async_accept(door, asio::bind_executor(context, [&](std::error_code why, peer_type) { told = why; }));
@@ -375,24 +365,27 @@ TEST_CASE("a client that was not accepted yet is hung up on when the listener cl
   auto link = strait::blocking_connect<reply, request>(name);
   door.reset();
   CHECK_FALSE(link.blocking_recv_until(soon()));
-  refusal(system(ENOENT), [&] { (void)strait::blocking_connect<reply, request>(name); });
+  check_refused(system(ENOENT), {}, [&] { (void)strait::blocking_connect<reply, request>(name); });
 }
 
 TEST_CASE("names: what cannot be a socket is refused, and so is a unix: name where none belongs") {
   const own_directory here;
   for (const char* bad : {"unix:", "unix:/", "unix:/tmp/.", "unix:/tmp/.."}) {
     CAPTURE(bad);
-    refusal(strait::errc::bad_name, [&] { door_type door{bad}; });
-    refusal(strait::errc::bad_name, [&] { (void)strait::blocking_connect<reply, request>(bad); });
+    check_refused(strait::errc::bad_name, {}, [&] { door_type door{bad}; });
+    check_refused(strait::errc::bad_name, {}, [&] { (void)strait::blocking_connect<reply, request>(bad); });
   }
-  refusal(strait::errc::bad_name, [&] { door_type door{"unix:/tmp/" + std::string(103, 'x')}; });
-  refusal(strait::errc::bad_name, [&] { door_type door{"unix:/" + std::string(94, 'd') + "/x"}; });
-  refusal(strait::errc::unknown_scheme, [&] { door_type door{"posix:orders"}; });
-  refusal(strait::errc::unknown_scheme, [&] { (void)strait::blocking_connect<reply, request>("posix:orders"); });
-  refusal(strait::errc::unknown_scheme, [&] { (void)strait::open_sender<request>("unix:" + here.path("app.sock")); });
-  refusal(system(ENOENT), [&] { door_type door{"unix:" + here.path("no/such/directory")}; });
-  refusal(system(ENOENT), [&] { (void)strait::blocking_connect<reply, request>("unix:" + here.path("nobody")); });
-  refusal(strait::errc::bad_capacity, [&] { door_type door{"unix:" + here.path("x"), {.backlog = 0}}; });
+  check_refused(strait::errc::bad_name, {}, [&] { door_type door{"unix:/tmp/" + std::string(103, 'x')}; });
+  check_refused(strait::errc::bad_name, {}, [&] { door_type door{"unix:/" + std::string(94, 'd') + "/x"}; });
+  check_refused(strait::errc::unknown_scheme, {}, [&] { door_type door{"posix:orders"}; });
+  check_refused(strait::errc::unknown_scheme, {},
+                [&] { (void)strait::blocking_connect<reply, request>("posix:orders"); });
+  check_refused(strait::errc::unknown_scheme, {},
+                [&] { (void)strait::open_sender<request>("unix:" + here.path("app.sock")); });
+  check_refused(system(ENOENT), {}, [&] { door_type door{"unix:" + here.path("no/such/directory")}; });
+  check_refused(system(ENOENT), {},
+                [&] { (void)strait::blocking_connect<reply, request>("unix:" + here.path("nobody")); });
+  check_refused(strait::errc::bad_capacity, {}, [&] { door_type door{"unix:" + here.path("x"), {.backlog = 0}}; });
   CHECK(here.empty());
 }
 
@@ -400,13 +393,13 @@ TEST_CASE("an abstract name needs no directory, and is one listener's at a time"
   const std::string name = "unix:@strait-test-door-" + std::to_string(::getpid());
   {
     door_type door{name};
-    CHECK(contains(refusal(strait::errc::end_in_use, [&] { door_type other{name}; }), name));
+    check_refused(strait::errc::end_in_use, {name}, [&] { door_type other{name}; });
     auto link = strait::blocking_connect<reply, request>(name);
     auto peer = door.blocking_accept_until(soon());
     link.blocking_send({1});
     CHECK(peer.blocking_recv_until(soon())->number == 1);
   }
-  refusal(system(ECONNREFUSED), [&] { (void)strait::blocking_connect<reply, request>(name); });
+  check_refused(system(ECONNREFUSED), {}, [&] { (void)strait::blocking_connect<reply, request>(name); });
   door_type again{name};
 }
 
@@ -415,8 +408,7 @@ TEST_CASE("the socket: a living listener's stays, a dead one's is replaced, anyt
   const std::string name = "unix:" + here.path("app.sock");
   SUBCASE("living") {
     door_type door{name};
-    const std::string text = refusal(strait::errc::end_in_use, [&] { door_type other{name}; });
-    CHECK(contains(text, std::to_string(::getpid())));
+    check_refused(strait::errc::end_in_use, {std::to_string(::getpid())}, [&] { door_type other{name}; });
     auto link = strait::blocking_connect<reply, request>(name);
     auto peer = door.blocking_accept_until(soon());
     link.blocking_send({7});
@@ -427,7 +419,7 @@ TEST_CASE("the socket: a living listener's stays, a dead one's is replaced, anyt
       const raw_listener left{here.path("app.sock")};
     }
     CHECK_FALSE(here.empty());
-    refusal(system(ECONNREFUSED), [&] { (void)strait::blocking_connect<reply, request>(name); });
+    check_refused(system(ECONNREFUSED), {}, [&] { (void)strait::blocking_connect<reply, request>(name); });
     {
       door_type door{name};
       auto link = strait::blocking_connect<reply, request>(name);
@@ -436,17 +428,16 @@ TEST_CASE("the socket: a living listener's stays, a dead one's is replaced, anyt
   }
   SUBCASE("a plain file") {
     std::ofstream{here.path("app.sock")} << "precious";
-    const std::string text = refusal(strait::errc::foreign_segment, [&] { door_type door{name}; });
-    CHECK(contains(text, "expected a socket or nothing"));
-    refusal(system(ECONNREFUSED), [&] { (void)strait::blocking_connect<reply, request>(name); });
+    check_refused(strait::errc::foreign_segment, {"expected a socket or nothing"}, [&] { door_type door{name}; });
+    check_refused(system(ECONNREFUSED), {}, [&] { (void)strait::blocking_connect<reply, request>(name); });
     std::string kept;
     std::ifstream{here.path("app.sock")} >> kept;
     CHECK(kept == "precious");
   }
   SUBCASE("a living socket of another kind") {
     const raw_listener stream{here.path("app.sock"), SOCK_STREAM};
-    refusal(strait::errc::foreign_segment, [&] { door_type door{name}; });
-    refusal(strait::errc::foreign_segment, [&] { (void)strait::blocking_connect<reply, request>(name); });
+    check_refused(strait::errc::foreign_segment, {}, [&] { door_type door{name}; });
+    check_refused(strait::errc::foreign_segment, {}, [&] { (void)strait::blocking_connect<reply, request>(name); });
   }
   SUBCASE("one that was replaced by somebody else is left to him") {
     std::optional<door_type> door{name};
@@ -496,14 +487,12 @@ TEST_CASE("a client with other types, or another capacity, is told both sides") 
   const own_directory here;
   const std::string name = "unix:" + here.path("app.sock");
   door_type door{name, {.lanes = {.capacity = 64}}};
-  const std::string type =
-      refusal(strait::errc::type_mismatch, [&] { (void)strait::blocking_connect<request, request>(name); });
-  CHECK(contains(type, "expected to send type \"door.reply\" version 3 of 16 bytes aligned to 8"));
-  CHECK(contains(type, "found a client of type \"door.request\" version 1 of 8 bytes aligned to 8"));
-  const std::string capacity = refusal(strait::errc::layout_mismatch, [&] {
-    (void)strait::blocking_connect<reply, request>(name, {.lanes = {.capacity = 128}});
-  });
-  CHECK(contains(capacity, "expected a capacity of 128 messages, found 64"));
+  check_refused(strait::errc::type_mismatch,
+                {"expected to send type \"door.reply\" version 3 of 16 bytes aligned to 8",
+                 "found a client of type \"door.request\" version 1 of 8 bytes aligned to 8"},
+                [&] { (void)strait::blocking_connect<request, request>(name); });
+  check_refused(strait::errc::layout_mismatch, {"expected a capacity of 128 messages, found 64"},
+                [&] { (void)strait::blocking_connect<reply, request>(name, {.lanes = {.capacity = 128}}); });
   std::error_code error;
   (void)strait::blocking_connect<request, request>(name, error);
   CHECK(error == strait::errc::type_mismatch);
@@ -697,6 +686,8 @@ TEST_CASE("a client believes nothing of what is handed over") {
   REQUIRE(::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, line.data()) == 0);
   std::array<int, 2> pipe{};
   REQUIRE(::pipe2(pipe.data(), O_CLOEXEC) == 0);
+  const raw_listener crowded{here.path("crowded.sock")};
+  const raw_socket caller = raw_socket::connected(here.path("crowded.sock"));
   const int a = there.memory.get();
   const int b = back.memory.get();
   const std::size_t before = test::open_descriptors();
@@ -709,6 +700,13 @@ TEST_CASE("a client believes nothing of what is handed over") {
   expect(client_meets(welcome, std::vector<int>(40, a)), strait::errc::foreign_segment, "found more");
   expect(client_meets(welcome, {pipe[0], b, line[1]}), strait::errc::foreign_segment, "a descriptor of another kind");
   expect(client_meets(welcome, {a, b, pipe[0]}), strait::errc::foreign_segment, "a connected Unix socket");
+  // Nor one that nobody can take its rings from: it would be readable for ever.
+  auto more_there = lane(strait::role::receiver, strait::shape_of<request>);
+  auto more_back = lane(strait::role::sender, strait::shape_of<reply>);
+  expect(client_meets(welcome, {more_there.memory.get(), more_back.memory.get(), crowded.get()}),
+         strait::errc::foreign_segment, "a connected Unix socket");
+  more_there = {};
+  more_back = {};
   // The first try above entered memory `a` and left it, so the sender has closed; each needs memory of its own.
   there = lane(strait::role::receiver, strait::shape_of<request>);
   expect(client_meets(welcome, {back.memory.get(), there.memory.get(), line[1]}), strait::errc::type_mismatch,
@@ -756,6 +754,37 @@ TEST_CASE("a client believes nothing of what is handed over") {
          "and holes");
   CHECK(test::open_descriptors() == before);
   for (const int one : {line[0], line[1], pipe[0], pipe[1]}) ::close(one);
+}
+
+TEST_CASE("a listener that hangs up in the middle is one error, whenever it does") {
+  const own_directory here;
+  const std::string path = here.path("app.sock");
+  raw_listener listens{path};
+  const strait::memory_name name = strait::parse_memory_name("unix:" + path);
+  const auto lane = [&](strait::role mine, const strait::message_shape& shape) {
+    return strait::endpoint::make_handed_over(mine, name, shape, {.capacity = 16}, true);
+  };
+  const auto client_meets = [&](auto answer) {
+    std::thread listening{[&] { answer(listens.accept()); }};
+    check_refused(system(ECONNRESET), {},
+                  [&] { (void)strait::blocking_connect_until<reply, request>("unix:" + path, soon()); });
+    listening.join();
+  };
+  client_meets([](raw_socket) {});
+  client_meets([](raw_socket client) { (void)client.hears(1000); });
+  client_meets([](raw_socket client) { (void)client.hears(4); });
+  // With everything that a client needs, and gone before it says that it is in.
+  client_meets([&](raw_socket client) {
+    (void)client.hears(1000);
+    auto there = lane(strait::role::receiver, strait::shape_of<request>);
+    auto back = lane(strait::role::sender, strait::shape_of<reply>);
+    std::array<int, 2> line{};
+    REQUIRE(::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, line.data()) == 0);
+    const raw_socket ours{line[0]};
+    const raw_socket theirs{line[1]};
+    ::shutdown(client.get(), SHUT_RD);
+    client.say(bytes_of_welcome(), {there.memory.get(), back.memory.get(), theirs.get()});
+  });
 }
 
 // ---- strangers who got in -------------------------------------------------------------------------------------------
@@ -835,6 +864,39 @@ TEST_CASE("a death is told once at each end, and then that it is closed; a lock 
   stranger.header(1).lane.head = 0;
   for (std::uint64_t i = 0; i < 5'000 && error != strait::errc::closed; ++i) (void)peer.try_send({i, i}, error);
   CHECK(error == strait::errc::closed);
+}
+
+TEST_CASE("a peer that pretends to have died, or closed, has, whatever it writes afterwards") {
+  const own_directory here;
+  const std::string path = here.path("app.sock");
+  door_type door{"unix:" + path, {.lanes = {.capacity = 16}}};
+  for (const bool dies : {true, false}) {
+    CAPTURE(dies);
+    raw_client stranger{path};
+    stranger.greet<request, reply>();
+    REQUIRE(stranger.take_welcome() == 3);
+    stranger.hold_locks();
+    stranger.enter();
+    auto peer = door.blocking_accept_until(soon());
+    auto& mine = stranger.header(0).ends[0];
+    std::error_code error;
+    if (dies) {
+      mine.last_death = 1;
+      CHECK_FALSE(peer.blocking_recv_until(soon(), error));
+      CHECK(error == strait::errc::peer_died);
+      mine.last_death = 2;  // and once more
+    } else {
+      mine.presence = static_cast<std::uint32_t>(strait::presence::closed);
+      CHECK_FALSE(peer.blocking_recv_until(soon(), error));
+      CHECK_FALSE(error);
+      mine.presence = static_cast<std::uint32_t>(strait::presence::awake);
+    }
+    for (int i = 0; i < 3; ++i) {
+      CHECK_FALSE(peer.blocking_recv_until(std::chrono::steady_clock::now() + 1s, error));
+      CHECK_FALSE(error);  // the end of the stream
+      CHECK(peer.in.is_closed());
+    }
+  }
 }
 
 TEST_CASE("a peer that writes what cannot be poisons its channel for good, and only that") {

@@ -1382,7 +1382,7 @@ TEST_CASE("sleepers that are always due again do not keep a channel from its tur
   }
 }
 
-TEST_CASE("tasks that yield take turns, in one order, without a sleep, an allocation or an end of the turn") {
+TEST_CASE("tasks that yield take turns, in one order") {
   asio::io_context context{1};
   std::string order;
   const auto letters = [](std::string& into, char letter) -> strait::task<> {

@@ -41,12 +41,6 @@ std::chrono::nanoseconds cpu_time() {
   return std::chrono::seconds{spent.tv_sec} + std::chrono::nanoseconds{spent.tv_nsec};
 }
 
-/// Waits until a child has ended, and leaves it as it is: a zombie, whose id is taken and which signals still find.
-bool became_zombie(::pid_t process) {
-  ::siginfo_t ended{};
-  return ::waitid(P_PID, static_cast<::id_t>(process), &ended, WEXITED | WNOWAIT) == 0 && ended.si_pid == process;
-}
-
 /// From here on any system call but those of a process that ends kills the process, whichever thread makes it.
 bool forbid_system_calls() {
   std::array<::sock_filter, 5> rules{{
@@ -107,7 +101,7 @@ TEST_CASE("lesson 18, 33: a zombie is dead") {
   peer.say(name.text());
   REQUIRE(peer.hears() == "sent");
   REQUIRE(::kill(peer.pid(), SIGKILL) == 0);
-  REQUIRE(became_zombie(peer.pid()));
+  REQUIRE(peer.has_ended());
   REQUIRE(::kill(peer.pid(), 0) == 0);
   CHECK(rx.blocking_recv() == 1U);
   std::error_code error;

@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -33,6 +34,7 @@
 #include "less_rights.hpp"
 #include "other_process.hpp"
 #include "segment_files.hpp"
+#include "strangers.hpp"
 
 import strait;
 
@@ -229,6 +231,91 @@ TEST_CASE_TEMPLATE("limits: ends of two users exchange messages, and the death o
   std::error_code error;
   while (!error) tx.blocking_send(number{0}, error);
   CHECK(error == errc::peer_died);
+}
+
+// ---- hubs ------------------------------------------------------------------------------------------------------------
+
+TEST_CASE("child: waits in one context after another" * doctest::skip()) {
+  if (!test::is_child()) return;
+  auto rx = strait::open_receiver<number>(test::parent_says(), {.wait = park});
+  for (;;) {
+    const auto next = strait::block_on([](strait::receiver<number>& from) -> strait::task<std::optional<number>> {
+      co_return co_await from.recv();
+    }(rx));
+    if (!next) return;
+  }
+}
+TEST_CASE("limits: a peer whose contexts come and go takes no descriptor for each from whoever rings it") {
+  const channel_name name{"contexts"};
+  auto tx = strait::open_sender<number>(name.text());
+  test::other_process child{"child: waits in one context after another"};
+  child.say(name.text());
+  const auto ring_it = [&](int times) {
+    for (int i = 0; i < times; ++i) {
+      test::eventually([&] { return strait::inspect(name.text()).ends[1].state == strait::presence::hub_parked; });
+      tx.blocking_send(number{1});
+    }
+  };
+  ring_it(4);
+  const std::size_t before = test::open_descriptors();
+  ring_it(64);
+  CHECK(test::open_descriptors() == before);
+  tx.close();
+  CHECK(child.finish() == 0);
+}
+
+namespace {
+
+/// Takes turns: each waits in a hub for what the other sends. Returns how many turns it had.
+strait::task<number> take_turns(strait::sender<number>& tx, strait::receiver<number>& rx, bool begins, number turns) {
+  std::error_code error;
+  for (number i = 0; i < turns; ++i) {
+    if (begins) co_await tx.send(i);
+    const auto next = co_await (rx.recv(error) | strait::timeout(std::chrono::seconds{5}));
+    if (next != i) co_return i;
+    if (!begins) co_await tx.send(i);
+  }
+  co_return turns;
+}
+
+}  // namespace
+
+/// Takes /proc away from this process, as a chroot does.
+bool lose_proc() {
+  return ::unshare(CLONE_NEWNS) == 0 && ::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0 &&
+         ::umount2("/proc", MNT_DETACH) == 0;
+}
+
+TEST_CASE("child: loses its /proc" * doctest::skip()) {
+  if (!test::is_child()) return;
+  const std::string name = test::parent_says();
+  constexpr number turns = 20;
+  const auto play = [&](const char* to, const char* from, bool begins) {
+    auto tx = strait::open_sender<number>(name + to, {.wait = park});
+    auto rx = strait::open_receiver<number>(name + from, {.wait = park});
+    if (!lose_proc()) return turns;
+    return strait::block_on(take_turns(tx, rx, begins, turns));
+  };
+  const ::pid_t other = ::fork();
+  REQUIRE(other >= 0);
+  if (other == 0) {
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    ::_exit(play("-1", "-2", false) == turns ? 0 : 1);
+  }
+  CHECK(play("-2", "-1", true) == turns);
+  int status = 0;
+  ::waitpid(other, &status, 0);
+  CHECK(status == 0);
+  test::tell_parent(::access("/proc/self", F_OK) == 0 ? "not allowed" : "done");
+}
+TEST_CASE("limits: without /proc, where nobody can see what a descriptor is, hubs are woken all the same") {
+  const channel_name name{"no-proc"};
+  test::other_process child{"child: loses its /proc"};
+  child.say(name.text());
+  if (child.hears() == "not allowed") {
+    MESSAGE("skipped: expected the right to a mount namespace (root), found none");
+  }
+  CHECK(child.finish() == 0);
 }
 
 // ---- peers that make a mess of their doorbells ------------------------------------------------------------------------

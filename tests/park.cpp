@@ -246,21 +246,31 @@ TEST_CASE("doorbell: its descriptor neither blocks nor survives exec") {
   CHECK((::fcntl(bell.descriptor(), F_GETFD) & FD_CLOEXEC) != 0);
 }
 
-TEST_CASE("doorbell: numbers are never used twice, and a bell that is gone cannot be rung") {
-  std::uint64_t gone = 0;
-  int gone_descriptor = -1;
+TEST_CASE("doorbell: one that nobody has cannot be rung, and is the next one's, with nothing of what was rung before") {
+  std::uint64_t number = 0;
+  int copy = -1;
   {
-    const strait::doorbell first;
-    gone = first.number();
-    gone_descriptor = first.descriptor();
+    strait::doorbell first;
+    const strait::doorbell beside;
+    CHECK(beside.number() != first.number());
+    CHECK(beside.descriptor() != first.descriptor());
+    number = first.number();
+    copy = strait::doorbell::duplicate(number);
+    strait::doorbell::ring(number);
   }
-  const strait::doorbell second;
-  CHECK(second.number() > gone);
-  CHECK(second.descriptor() == gone_descriptor);  // the kernel hands the lowest out again: just what must not be rung
-  strait::doorbell::ring(gone);
+  // As another process does, which was given it, and this one, to which it looks as if it had been rung.
+  const std::uint64_t one = 1;
+  REQUIRE(::write(copy, &one, sizeof one) == sizeof one);
+  strait::doorbell::ring(number);
   strait::doorbell::ring(0);
+  CHECK(strait::doorbell::duplicate(0) == -1);
+  const strait::doorbell second;
+  CHECK(second.number() == number);
   CHECK_FALSE(readable(second.descriptor()));
-  CHECK(strait::doorbell::duplicate(gone) == -1);
+  strait::doorbell::ring(number);
+  CHECK(readable(second.descriptor()));
+  CHECK(readable(copy));  // the same
+  ::close(copy);
 }
 
 TEST_CASE("doorbell: a duplicate rings the same bell and outlives it") {

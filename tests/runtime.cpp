@@ -522,9 +522,10 @@ TEST_CASE("timers and sockets live on a worker beside channels") {
 }
 
 TEST_CASE("an executor that is asked for while a worker spins or is busy gets its turn") {
-  strait::runtime rt{workers(1)};
+  // Before the runtime, whose tasks end with it.
   std::atomic<bool> done{false};
   std::atomic<bool> begun{false};
+  strait::runtime rt{workers(1)};
   SUBCASE("beside a task that is always ready") {
     rt.spawn([](std::atomic<bool>& first, const std::atomic<bool>& end) -> strait::task<> {
       auto [tx, rx] = strait::make_channel<message>();

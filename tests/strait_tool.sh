@@ -58,7 +58,13 @@ enter() {  # ROLE NAME: starts an end and waits until it has entered; its proces
 gone() {  # PID...: waits until the processes are no more
   local pid end=$((SECONDS + 30))
   for pid in "$@"; do
-    while kill -0 "$pid" 2>/dev/null && [ $SECONDS -lt $end ]; do sleep 0.01; done
+    while kill -0 "$pid" 2>/dev/null; do
+      if [ $SECONDS -ge $end ]; then
+        fail "process $pid does not end"
+        return
+      fi
+      sleep 0.01
+    done
   done
 }
 

@@ -184,6 +184,7 @@ class raw_listener {
   [[nodiscard]] raw_socket accept() const {
     return raw_socket{::accept4(socket_.get(), nullptr, nullptr, SOCK_CLOEXEC)};
   }
+  [[nodiscard]] int get() const { return socket_.get(); }
 
  private:
   raw_socket socket_;

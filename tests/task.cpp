@@ -4,6 +4,7 @@
 #include <coroutine>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -274,6 +275,36 @@ TEST_CASE("frames may be freed by another thread, and outlive the heap they came
   suspended.reset();
   CHECK(living == 0);
 }
+
+#if defined(STRAIT_MIMALLOC)  // else nothing is kept, so that a sanitizer sees every frame
+TEST_CASE("a frame that was given back is the next one's of about its size, wherever it came from") {
+  void* foreign = nullptr;
+  std::thread{[&] { foreign = strait::allocate_frame(200); }}.join();
+  {
+    const strait::frame_heap heap;
+    void* const own = strait::allocate_frame(200);
+    strait::free_frame(own, 200);
+    strait::free_frame(foreign, 200);
+    void* const larger = strait::allocate_frame(300);
+    CHECK(larger != own);
+    CHECK(larger != foreign);
+    CHECK(strait::allocate_frame(195) == foreign);
+    CHECK(strait::allocate_frame(250) == own);
+    std::vector<void*> many{own, foreign, strait::allocate_frame(200)};
+    CHECK(many.back() != own);
+    // More than are kept, and one that is too large to be.
+    while (many.size() < 2 * strait::frame_heap::most_kept) many.push_back(strait::allocate_frame(200));
+    for (void* const frame : many) strait::free_frame(frame, 200);
+    strait::free_frame(larger, 300);
+    void* const huge = strait::allocate_frame(100'000);
+    std::memset(huge, 1, 100'000);
+    strait::free_frame(huge, 100'000);
+  }
+  void* const outside = strait::allocate_frame(200);
+  std::memset(outside, 1, 200);
+  strait::free_frame(outside, 200);
+}
+#endif
 
 // ---- tasks beside each other ----------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 #include <grp.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -125,8 +126,7 @@ std::chrono::nanoseconds kill_and_time(other_process& other, pair_type& pair, st
   if (in != state::streaming) std::this_thread::sleep_for(2ms);  // asleep by now, or not: both must be right
   ::kill(other.pid(), SIGKILL);
   // From when the process has ended: how long the kernel takes to dismantle it is not ours.
-  ::siginfo_t info{};
-  ::waitid(P_PID, static_cast<::id_t>(other.pid()), &info, WEXITED | WNOWAIT);
+  REQUIRE(other.has_ended());
   const auto ended = clock::now();
   survivor.join();
   // And then it is closed, without an error for who receives.
@@ -284,6 +284,37 @@ TEST_CASE("a child made by fork does not listen in its parent's place") {
   }
   CHECK(here.empty());
   ::kill(grandchild, SIGKILL);
+}
+
+TEST_CASE("child: forks beside a listener and an attempt" * doctest::skip()) {
+  if (!test::is_child()) return;
+  std::string line = test::parent_says();
+  door_type door{word_in(line)};
+  auto attempt = std::make_optional(strait::connect<number, number>(line));
+  const ::pid_t child = ::fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    // These get the numbers of what the fork closed.
+    std::array<int, 32> files{};
+    for (int& file : files) file = ::memfd_create("of the child", MFD_CLOEXEC);
+    door.close();
+    attempt.reset();
+    for (const int file : files) {
+      struct ::stat facts{};
+      if (::fstat(file, &facts) != 0 || facts.st_size != 0) ::_exit(1);
+    }
+    ::_exit(0);
+  }
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  CHECK(status == 0);
+}
+TEST_CASE("a child made by fork that closes its copy of a listener, and of an attempt, writes to no file of its own") {
+  const own_directory here;
+  const test::raw_listener silent{here.path("silent.sock")};
+  other_process child{"child: forks beside a listener and an attempt"};
+  child.say("unix:" + here.path("app.sock") + " unix:" + here.path("silent.sock"));
+  CHECK(child.finish() == 0);
 }
 
 TEST_CASE("child: starts to listen" * doctest::skip()) {

@@ -205,7 +205,7 @@ class handler_wait final : public hub_waiter, private hub_root {
     }
   }
   void waits_no_more() noexcept {
-    if constexpr (waits_through_others) where_.remove_root(*this, nullptr);
+    if constexpr (waits_through_others) where_.remove_root(*this);
   }
 
   /// Gives this object's memory back and returns what is needed after that.
@@ -613,7 +613,7 @@ class op_state final : public hub_waiter {
     };
   }
   static void* operator new(std::size_t bytes) { return allocate_frame(bytes); }
-  static void operator delete(void* block) noexcept { free_frame(block); }
+  static void operator delete(void* block, std::size_t bytes) noexcept { free_frame(block, bytes); }
 
   [[nodiscard]] const asio::any_io_executor& executor() const noexcept { return executor_; }
   [[nodiscard]] asio::cancellation_slot slot() noexcept { return signal_.slot(); }
