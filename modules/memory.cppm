@@ -65,6 +65,19 @@ struct memory_name {
 /// Waits: never. Allocates: the name. Errors: `unknown_scheme`, `bad_name`. Complexity: linear in the text.
 [[nodiscard]] memory_name parse_memory_name(std::string_view text);
 
+/// Sixteen hexadecimal digits, always the same for the last part of a path: so that the hidden name beside a file can be
+/// found again, and is short however long the file's is.
+///
+/// Waits: never. Allocates: the text. Errors: `std::bad_alloc`. Complexity: linear in the path.
+[[nodiscard]] std::string digest_of_last_part(std::string_view path);
+
+/// The least multiple of `step` that is not less than `value`.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
+[[nodiscard]] constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t step) noexcept {
+  return (value + step - 1) / step * step;
+}
+
 /// What to do when the name exists, or does not.
 enum class open_mode : std::uint8_t {
   /// Opens what is there, creates it otherwise.
@@ -427,6 +440,12 @@ void remove_segment(const memory_name& name, std::size_t header_bytes,
 
 // Of this room alone.
 namespace strait {
+
+/// The size of a page that is nothing special.
+[[nodiscard]] std::size_t base_page() noexcept;
+
+/// `fallocate` of the first `bytes` bytes. Returns an errno, or 0.
+[[nodiscard]] int allocate_bytes(int descriptor, std::size_t bytes, int mode = 0) noexcept;
 
 /// How long a file is that holds so many bytes: huge pages must lie in it as a whole.
 [[nodiscard]] std::size_t file_bytes(int descriptor, std::size_t bytes, const page_wishes& wishes);

@@ -37,10 +37,6 @@ bool looks_alive(std::uint32_t word) noexcept {
   return now == presence::awake || now == presence::thread_parked || now == presence::hub_parked;
 }
 
-std::uint64_t round_up(std::uint64_t value, std::uint64_t step) noexcept {
-  return (value + step - 1) / step * step;
-}
-
 std::uint64_t slots_offset_for(std::uint32_t alignment) noexcept {
   return round_up(sizeof(segment_header), std::max<std::uint64_t>(alignment, line_padding));
 }

@@ -117,10 +117,7 @@ std::string kind_of(::mode_t mode) {
 /// message. What the file holds stays. `shared`: others may be writing to it.
 void allocate(int descriptor, std::size_t bytes, bool shared, const memory_name& name) {
   const std::string what = name.text();
-  int error = 0;
-  do {
-    error = ::fallocate(descriptor, 0, 0, static_cast<off_t>(bytes)) == 0 ? 0 : errno;
-  } while (error == EINTR);
+  int error = allocate_bytes(descriptor, bytes);
   if (error == EOPNOTSUPP) {
     // The C library then rewrites a byte of each block, which would undo what another end writes at that moment. A file
     // that was there has been allocated like this by its creator.
@@ -301,13 +298,7 @@ bool still_named(const std::string& path, int descriptor) noexcept {
 /// A hidden name beside `path`, for file systems without nameless files. Always the same for the same path, so that the
 /// next creator finds what a dead one left.
 std::string makeshift_path(const std::string& path) {
-  std::uint64_t hash = 0xcbf2'9ce4'8422'2325;  // FNV-1a, so that the longest name has a makeshift, too
-  for (const char letter : std::string_view{path}.substr(path.rfind('/') + 1)) {
-    hash = (hash ^ static_cast<unsigned char>(letter)) * 0x100'0000'01b3;
-  }
-  std::array<char, 40> name{};
-  std::snprintf(name.data(), name.size(), "%016llx", static_cast<unsigned long long>(hash));
-  return directory_of(path).append(makeshift_prefix) + name.data();
+  return directory_of(path).append(makeshift_prefix) + digest_of_last_part(path);
 }
 
 /// Takes away the makeshift name that a creator of `path` left when it died, before or after it gave the file its own.
@@ -578,16 +569,30 @@ memory_name parse_memory_name(std::string_view text) {
   return result;
 }
 
-namespace {
+std::string digest_of_last_part(std::string_view path) {
+  std::uint64_t hash = 0xcbf2'9ce4'8422'2325;  // FNV-1a
+  for (const char letter : path.substr(path.rfind('/') + 1)) {
+    hash = (hash ^ static_cast<unsigned char>(letter)) * 0x100'0000'01b3;
+  }
+  std::array<char, 24> digits{};
+  std::snprintf(digits.data(), digits.size(), "%016llx", static_cast<unsigned long long>(hash));
+  return digits.data();
+}
 
 std::size_t base_page() noexcept {
   static const auto bytes = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
   return bytes;
 }
 
-std::size_t round_up(std::size_t value, std::size_t step) noexcept {
-  return (value + step - 1) / step * step;
+int allocate_bytes(int descriptor, std::size_t bytes, int mode) noexcept {
+  int error = 0;
+  do {
+    error = ::fallocate(descriptor, mode, 0, static_cast<::off_t>(bytes)) == 0 ? 0 : errno;
+  } while (error == EINTR);
+  return error;
 }
+
+namespace {
 
 /// The first line of a file that the kernel writes; empty where there is none.
 std::string first_line(const std::string& path) {

@@ -57,8 +57,7 @@ constexpr std::size_t label_offset(std::uint64_t segment_bytes) noexcept {
 
 /// How long a segment is that holds so many bytes and a label.
 constexpr std::uint64_t with_label(std::uint64_t bytes) noexcept {
-  return (bytes + alignof(system_v_label) - 1) / alignof(system_v_label) * alignof(system_v_label) +
-         sizeof(system_v_label);
+  return round_up(bytes, alignof(system_v_label)) + sizeof(system_v_label);
 }
 
 ::key_t key_of(std::string_view name) noexcept {
@@ -310,8 +309,7 @@ mapping mapping::of_system_v(int identifier, std::size_t bytes, const page_wishe
   mapping made;
   made.data_ = whole.release();
   made.bytes_ = bytes;
-  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-  made.extent_ = (static_cast<std::size_t>(state.shm_segsz) + page - 1) / page * page;
+  made.extent_ = round_up(static_cast<std::size_t>(state.shm_segsz), base_page());
   if (wishes.kind == page_kind::huge) {
     made.shortfall_ = "no hugetlb pages: expected a file of hugetlbfs, found a System V segment";
   }

@@ -25,6 +25,7 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <optional>
 #include <span>
 #include <string>
@@ -549,6 +550,16 @@ TEST_CASE_TEMPLATE("memory: the mode is what was asked for, whatever the umask",
   ::umask(before);
 }
 
+/// How often a thread of ours has gone to sleep.
+std::uint64_t sleeps_of(::pid_t thread) {
+  std::ifstream file{"/proc/self/task/" + std::to_string(thread) + "/status"};
+  constexpr std::string_view key = "voluntary_ctxt_switches:";
+  for (std::string line; std::getline(file, line);) {
+    if (line.starts_with(key)) return std::stoull(line.substr(key.size()));
+  }
+  return 0;
+}
+
 TEST_CASE_TEMPLATE("memory: what is to be opened is waited for, until the deadline", memory, STRAIT_NAMED_MEMORIES) {
   using clock = std::chrono::steady_clock;
   const channel_name name{"patience", memory::scheme};
@@ -558,14 +569,17 @@ TEST_CASE_TEMPLATE("memory: what is to be opened is waited for, until the deadli
                 [&] { (void)test_segment{.name = parsed, .mode = open_mode::open, .deadline = deadline}.open(); });
   CHECK(clock::now() >= deadline);
   std::atomic<bool> in{false};
+  std::atomic<::pid_t> waiting{0};
   std::thread waits{[&] {
+    waiting = static_cast<::pid_t>(::syscall(SYS_gettid));
     const auto found =
         test_segment{.name = parsed, .mode = open_mode::open, .deadline = clock::time_point::max()}.open();
     CHECK_FALSE(found.created);
     CHECK(text_of(found) == mark);
     in = true;
   }};
-  std::this_thread::yield();
+  // It sleeps after each look in vain: by now it has looked several times.
+  test::eventually([&] { return in || (waiting != 0 && sleeps_of(waiting) >= 5); });
   CHECK_FALSE(in);
   {
     const auto made = test_segment{.name = parsed, .mode = open_mode::create}.open();
