@@ -396,6 +396,12 @@ class endpoint final : private process_watcher {
   template <class Ready>
   bool wait(Ready&& ready, std::optional<std::chrono::steady_clock::time_point> deadline);
 
+  /// Has the disk hold the channel as it is now, where there is one: of a `file:`.
+  ///
+  /// Waits: for the disk. Cancel safety: cannot be cancelled. Allocates: never. Errors: `inherited`, or the errno of the
+  /// disk, EIO for instance. Complexity: linear in the pages that were written to since the last time.
+  void sync();
+
   /// Where the channel is and how it works. Called by whoever uses the end.
   ///
   /// Waits: never, but executes the barrier of the channel a few times. Allocates: the result. Errors: `std::bad_alloc`.

@@ -212,6 +212,12 @@ class mapping {
   /// linear.
   [[nodiscard]] page_report report() const;
 
+  /// Has the file behind it be on its disk as it is now: pages and everything that is needed to find them again.
+  ///
+  /// Waits: for the disk. Cancel safety: cannot be cancelled. Allocates: never. Errors: what the kernel says. Complexity:
+  /// linear in the pages that were written to since they were last on the disk.
+  [[nodiscard]] std::error_code write_to_disk() noexcept;
+
   /// From now on a child made by fork has memory of its own in this place: whatever it writes here, nobody else sees. It
   /// holds the first `bytes` (4096 at most) as they were, with the changes that `change` makes, and zeros behind them.
   ///

@@ -339,6 +339,13 @@ class nursling {
 
   /// Makes it and gives it its name; false when the name is taken.
   [[nodiscard]] bool come_to_be() {
+    if (name_.scheme == memory_scheme::file) {
+      // Opened before there is a name, so that a lack of descriptors leaves nothing.
+      const file_locks directory{directory_of(path_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0};
+      if (directory.descriptor() < 0 && errno != EACCES) fail_to_create(directory_of(path_));
+      fill();
+      return give_name() && name_is_on_disk(directory.descriptor());
+    }
     if (name_.scheme != memory_scheme::system_v) {
       fill();
       return give_name();
@@ -417,6 +424,15 @@ class nursling {
     }
     if (errno == EEXIST) return false;
     fail_errno(errno, name_.text() + ": giving " + path_ + " its name");
+  }
+
+  /// A file's name is the directory's, and goes to the disk with that. A directory that may be written to and not read
+  /// cannot be asked for it, and some file systems have nothing to say to that (EINVAL).
+  [[nodiscard]] bool name_is_on_disk(int directory) const {
+    if (directory >= 0 && ::fsync(directory) != 0 && errno != EINVAL) {
+      fail_errno(errno, name_.text() + ": writing its name to the disk");
+    }
+    return true;
   }
 
   void open_nameless(unsigned mode) {
@@ -850,6 +866,10 @@ void mapping::keep_from_children(std::size_t bytes, void (*change)(std::byte*) n
   auto& list = estate_of_process();
   const std::lock_guard guard{list.mutex};
   list.mappings.insert_or_assign(data_, estate::shared_memory{extent_, std::min(bytes, most_kept), change});
+}
+
+std::error_code mapping::write_to_disk() noexcept {
+  return {::msync(data_, extent_, MS_SYNC) == 0 ? 0 : errno, std::system_category()};
 }
 
 void mapping::populate() noexcept {
