@@ -173,9 +173,10 @@ class mapping {
   /// caller's open file description, so that locks on that end when its descriptor is closed.
   [[nodiscard]] static mapping of_file(int descriptor, std::size_t bytes, const page_wishes& wishes,
                                        const std::string& what);
-  /// The first `bytes` of a System V segment, writable; its pages are yet to be furnished.
+  /// The first `bytes` of a System V segment, writable; its pages are yet to be furnished. `lack`: why it has no huge
+  /// pages, where they were asked for and its maker knows.
   [[nodiscard]] static mapping of_system_v(int identifier, std::size_t bytes, const page_wishes& wishes,
-                                           const std::string& what);
+                                           const std::string& what, const std::string& lack = {});
   inline mapping(mapping&& other) noexcept { *this = std::move(other); }
   inline mapping& operator=(mapping&& other) noexcept {
     std::swap(data_, other.data_);
@@ -190,8 +191,9 @@ class mapping {
   /// As many bytes as were asked for.
   [[nodiscard]] inline std::size_t size() const noexcept { return bytes_; }
 
-  /// Touches every page for writing, so that nobody meets a page fault later. Another process may be using them.
-  void populate() noexcept;
+  /// Touches every page for writing, so that nobody meets a page fault later. Another process may be using them. False:
+  /// the kernel does not have them all, and who touches one that it has not is sent a signal.
+  bool populate() noexcept;
   /// Touches the pages, makes huge ones of them and locks them, as asked. A file's must be allocated.
   ///
   /// Waits: never. Allocates: pages. Errors: EPERM or ENOMEM when they cannot be locked, naming the limit. Complexity:
@@ -449,6 +451,12 @@ namespace strait {
 
 /// The size of a page that is nothing special.
 [[nodiscard]] std::size_t base_page() noexcept;
+
+/// The size of the pages at the beginning of a mapping.
+[[nodiscard]] std::size_t page_of_mapping(const std::byte* data);
+
+/// Why there are no huge pages for so many bytes.
+[[nodiscard]] std::string lack_of_hugetlb_pages(std::size_t bytes);
 
 /// `fallocate` of the first `bytes` bytes. Returns an errno, or 0.
 [[nodiscard]] int allocate_bytes(int descriptor, std::size_t bytes, int mode = 0) noexcept;

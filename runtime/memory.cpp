@@ -637,18 +637,19 @@ std::size_t alignment_for(std::size_t extent) {
   return extent >= page ? page : 0;
 }
 
+/// The number behind that key in /proc/meminfo; 0 where there is none.
+std::size_t memory_figure(std::string_view key) {
+  std::ifstream file{"/proc/meminfo"};
+  std::string line;
+  while (std::getline(file, line)) {
+    if (line.starts_with(key)) return std::strtoull(line.c_str() + key.size(), nullptr, 10);
+  }
+  return 0;
+}
+
 /// Of a huge page that was set aside, as MAP_HUGETLB gives them; 0: the kernel has none.
 std::size_t hugetlb_page() {
-  static const std::size_t bytes = [] {
-    std::ifstream file{"/proc/meminfo"};
-    std::string line;
-    constexpr std::string_view key = "Hugepagesize:";
-    while (std::getline(file, line)) {
-      if (!line.starts_with(key)) continue;
-      return static_cast<std::size_t>(std::strtoull(line.c_str() + key.size(), nullptr, 10)) * 1024;
-    }
-    return std::size_t{0};
-  }();
+  static const std::size_t bytes = memory_figure("Hugepagesize:") * 1024;
   return bytes;
 }
 
@@ -725,6 +726,21 @@ range_facts facts_of(const std::byte* data, std::size_t bytes) {
 
 }  // namespace
 
+std::size_t page_of_mapping(const std::byte* data) {
+  // A look at all mappings of the process takes its time, and on most machines there are no other pages.
+  if (memory_figure("HugePages_Total:") == 0) return base_page();
+  return std::max(facts_of(data, 1).page_bytes, base_page());
+}
+
+std::string lack_of_hugetlb_pages(std::size_t bytes) {
+  const std::size_t page = hugetlb_page();
+  if (page == 0) return "no hugetlb pages: this kernel has none";
+  const std::string size = std::to_string(page / 1024);
+  const std::size_t free = number_in("/sys/kernel/mm/hugepages/hugepages-" + size + "kB/free_hugepages", 0);
+  return "no hugetlb pages: expected " + std::to_string(round_up(bytes, page) / page) + " free ones of " + size +
+         " KiB, found " + std::to_string(free) + " (/proc/sys/vm/nr_hugepages)";
+}
+
 std::size_t file_bytes(int descriptor, std::size_t bytes, const page_wishes& wishes) {
   if (const std::size_t page = hugetlb_page_of(descriptor); page != 0) return round_up(bytes, page);
   if (wishes.kind == page_kind::automatic || transparent_page() == 0) return bytes;
@@ -796,18 +812,13 @@ mapping mapping::anonymous(std::size_t bytes, const page_wishes& wishes) {
     if (made.data_ != nullptr) {
       if (wishes.node) made.ask_for_node(*wishes.node, what);
       // A control group may hold back what the machine has. Touching then fails here; a SIGBUS would come later.
-      if (::madvise(made.data_, extent, populate_write) == 0 || errno == EINVAL) {
+      if (made.populate()) {
         made.furnish(wishes, what);
         return made;
       }
     }
-    const std::string sizes = "/sys/kernel/mm/hugepages/hugepages-" + std::to_string(page / 1024) + "kB/free_hugepages";
-    reason = "no hugetlb pages: expected " + std::to_string(extent / page) + " free ones of " +
-             std::to_string(page / 1024) + " KiB, found " + std::to_string(number_in(sizes, 0)) +
-             " (/proc/sys/vm/nr_hugepages)";
-  } else if (wishes.kind == page_kind::huge) {
-    reason = "no hugetlb pages: this kernel has none";
   }
+  if (wishes.kind == page_kind::huge) reason = lack_of_hugetlb_pages(bytes);
   const bool transparent = wishes.kind != page_kind::automatic && transparent_page() != 0;
   const std::size_t extent = round_up(bytes, transparent ? transparent_page() : base_page());
   mapping made;
@@ -872,9 +883,10 @@ std::error_code mapping::write_to_disk() noexcept {
   return {::msync(data_, extent_, MS_SYNC) == 0 ? 0 : errno, std::system_category()};
 }
 
-void mapping::populate() noexcept {
+bool mapping::populate() noexcept {
   // EINVAL: a kernel before 5.14. Where the kernel knows the call and cannot do it, touching would be a signal.
-  if (::madvise(data_, extent_, populate_write) == 0 || errno != EINVAL) return;
+  if (::madvise(data_, extent_, populate_write) == 0) return true;
+  if (errno != EINVAL) return false;
   // Touch each page for writing without changing it, because another process may be using it. A compare-exchange, because
   // compilers turn an addition of zero whose result nobody wants into nothing at all.
   for (std::size_t at = 0; at < extent_; at += base_page()) {
@@ -883,6 +895,7 @@ void mapping::populate() noexcept {
     while (!word.compare_exchange_weak(same, same, std::memory_order_relaxed)) {
     }
   }
+  return true;
 }
 
 void mapping::furnish(const page_wishes& wishes, const std::string& what) {

@@ -378,6 +378,28 @@ TEST_CASE("memory: huge pages that were set aside are used, and without them the
   CHECK(made.map.report().shortfall.find("expected a file of hugetlbfs") != std::string::npos);
 }
 
+TEST_CASE("memory: a System V segment has huge pages where they were set aside, and without them it says why") {
+  const channel_name name{"huge", test::system_v_memory::scheme};
+  const auto parsed = strait::parse_memory_name(name.text());
+  const strait::page_wishes wishes{.kind = strait::page_kind::huge};
+  auto made = test_segment{.name = parsed, .pages = wishes}.open();
+  made.locks.unlock(strait::gate_byte);
+  const auto entered = test_segment{.name = parsed, .pages = wishes}.open();
+  CHECK(text_of(entered) == mark);
+  const auto report = made.map.report();
+  const auto other_report = entered.map.report();
+  MESSAGE(report.page_bytes, " bytes a page; ", report.shortfall, "; entered: ", other_report.shortfall);
+  CHECK(other_report.page_bytes == report.page_bytes);
+  if (report.page_bytes > base_page()) {
+    CHECK(report.shortfall.empty());
+    CHECK(report.bytes % report.page_bytes == 0);
+  } else {
+    CHECK(report.shortfall.find("no hugetlb pages: expected 1 free ones") != std::string::npos);
+    CHECK(other_report.shortfall.find("no hugetlb pages: expected a System V segment that was made of them") !=
+          std::string::npos);
+  }
+}
+
 TEST_CASE("child: little may be locked" * doctest::skip()) {
   if (!test::is_child()) return;
   const channel_name name{"locked"};
