@@ -721,6 +721,16 @@ class sender {
     return static_cast<std::size_t>(std::min(there, lane_.capacity()));
   }
   [[nodiscard]] std::size_t capacity() const noexcept { return static_cast<std::size_t>(lane_.capacity()); }
+  /// Has the disk hold the channel as it is now: what was sent survives a power failure from then on, until it is taken.
+  /// (docs/04-memory.md says exactly what, and what not.) For `file:`; of other memory nothing is on a disk, and nothing
+  /// is done.
+  ///
+  /// Waits: for the disk. Cancel safety: cannot be cancelled. Allocates: never. Errors: `closed`, `inherited`, or the
+  /// errno of the disk. Complexity: linear in the pages that were written to since the last time.
+  void sync() {
+    if (!end_) fail(errc::closed, name() + ": expected an open one to be written to the disk");
+    end_->sync();
+  }
   /// Where the channel is and how it works: memory, nodes and pages, CPUs, how it waits and is woken, and what that costs.
   /// `text()` of the result is for people.
   ///
@@ -1146,6 +1156,17 @@ class receiver {
     return static_cast<std::size_t>(std::min(there, lane_.capacity()));
   }
   [[nodiscard]] std::size_t capacity() const noexcept { return static_cast<std::size_t>(lane_.capacity()); }
+  /// Has the disk hold the channel as it is now: what was taken does not come again after a power failure. What `peek`
+  /// showed and was not released is not taken. For the rest as the sender's.
+  ///
+  /// Waits: for the disk. Cancel safety: cannot be cancelled. Allocates: never. Errors: `closed`, `inherited`, or the
+  /// errno of the disk. Complexity: linear in the pages that were written to since the last time.
+  void sync() {
+    const single_user::use mine{user_};
+    if (!end_) fail(errc::closed, name() + ": expected an open one to be written to the disk");
+    if (lane_.release_pending()) released();
+    end_->sync();
+  }
   /// Where the channel is and how it works: memory, nodes and pages, CPUs, how it waits and is woken, and what that costs.
   /// `text()` of the result is for people.
   ///

@@ -160,8 +160,7 @@ static_assert(offsetof(segment_header, ends) == line_padding);
 
 /// Where the slots of messages of that alignment begin, in bytes from the beginning of the segment.
 [[nodiscard]] constexpr std::uint64_t slots_offset_for(std::uint32_t alignment) noexcept {
-  const std::uint64_t step = std::max<std::uint64_t>(alignment, line_padding);
-  return (sizeof(segment_header) + step - 1) / step * step;
+  return round_up(sizeof(segment_header), std::max<std::uint64_t>(alignment, line_padding));
 }
 
 /// The segment around a lane. With these, a handle needs one pointer on the path of each message, and everything else lies
@@ -423,6 +422,12 @@ class endpoint final : private process_watcher {
   /// Allocates: never. Errors: none. Complexity: a barrier and a system call for each park.
   template <class Ready>
   bool wait(Ready&& ready, std::optional<std::chrono::steady_clock::time_point> deadline);
+
+  /// Has the disk hold the channel as it is now, where there is one: of a `file:`.
+  ///
+  /// Waits: for the disk. Cancel safety: cannot be cancelled. Allocates: never. Errors: `inherited`, or the errno of the
+  /// disk, EIO for instance. Complexity: linear in the pages that were written to since the last time.
+  void sync();
 
   /// Where the channel is and how it works. Called by whoever uses the end.
   ///

@@ -65,6 +65,19 @@ struct memory_name {
 /// Waits: never. Allocates: the name. Errors: `unknown_scheme`, `bad_name`. Complexity: linear in the text.
 [[nodiscard]] memory_name parse_memory_name(std::string_view text);
 
+/// Sixteen hexadecimal digits, always the same for the last part of a path: so that the hidden name beside a file can be
+/// found again, and is short however long the file's is.
+///
+/// Waits: never. Allocates: the text. Errors: `std::bad_alloc`. Complexity: linear in the path.
+[[nodiscard]] std::string digest_of_last_part(std::string_view path);
+
+/// The least multiple of `step` that is not less than `value`.
+///
+/// Waits: never. Allocates: never. Errors: none. Complexity: constant.
+[[nodiscard]] constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t step) noexcept {
+  return (value + step - 1) / step * step;
+}
+
 /// What to do when the name exists, or does not.
 enum class open_mode : std::uint8_t {
   /// Opens what is there, creates it otherwise.
@@ -160,9 +173,10 @@ class mapping {
   /// caller's open file description, so that locks on that end when its descriptor is closed.
   [[nodiscard]] static mapping of_file(int descriptor, std::size_t bytes, const page_wishes& wishes,
                                        const std::string& what);
-  /// The first `bytes` of a System V segment, writable; its pages are yet to be furnished.
+  /// The first `bytes` of a System V segment, writable; its pages are yet to be furnished. `lack`: why it has no huge
+  /// pages, where they were asked for and its maker knows.
   [[nodiscard]] static mapping of_system_v(int identifier, std::size_t bytes, const page_wishes& wishes,
-                                           const std::string& what);
+                                           const std::string& what, const std::string& lack = {});
   inline mapping(mapping&& other) noexcept { *this = std::move(other); }
   inline mapping& operator=(mapping&& other) noexcept {
     std::swap(data_, other.data_);
@@ -177,8 +191,9 @@ class mapping {
   /// As many bytes as were asked for.
   [[nodiscard]] inline std::size_t size() const noexcept { return bytes_; }
 
-  /// Touches every page for writing, so that nobody meets a page fault later. Another process may be using them.
-  void populate() noexcept;
+  /// Touches every page for writing, so that nobody meets a page fault later. Another process may be using them. False:
+  /// the kernel does not have them all, and who touches one that it has not is sent a signal.
+  bool populate() noexcept;
   /// Touches the pages, makes huge ones of them and locks them, as asked. A file's must be allocated.
   ///
   /// Waits: never. Allocates: pages. Errors: EPERM or ENOMEM when they cannot be locked, naming the limit. Complexity:
@@ -198,6 +213,12 @@ class mapping {
   /// Waits: never. Allocates: the result. Errors: `std::bad_alloc`; what the kernel does not tell is said so. Complexity:
   /// linear.
   [[nodiscard]] page_report report() const;
+
+  /// Has the file behind it be on its disk as it is now: pages and everything that is needed to find them again.
+  ///
+  /// Waits: for the disk. Cancel safety: cannot be cancelled. Allocates: never. Errors: what the kernel says. Complexity:
+  /// linear in the pages that were written to since they were last on the disk.
+  [[nodiscard]] std::error_code write_to_disk() noexcept;
 
   /// From now on a child made by fork has memory of its own in this place: whatever it writes here, nobody else sees. It
   /// holds the first `bytes` (4096 at most) as they were, with the changes that `change` makes, and zeros behind them.
@@ -427,6 +448,18 @@ void remove_segment(const memory_name& name, std::size_t header_bytes,
 
 // Of this room alone.
 namespace strait {
+
+/// The size of a page that is nothing special.
+[[nodiscard]] std::size_t base_page() noexcept;
+
+/// The size of the pages at the beginning of a mapping.
+[[nodiscard]] std::size_t page_of_mapping(const std::byte* data);
+
+/// Why there are no huge pages for so many bytes.
+[[nodiscard]] std::string lack_of_hugetlb_pages(std::size_t bytes);
+
+/// `fallocate` of the first `bytes` bytes. Returns an errno, or 0.
+[[nodiscard]] int allocate_bytes(int descriptor, std::size_t bytes, int mode = 0) noexcept;
 
 /// How long a file is that holds so many bytes: huge pages must lie in it as a whole.
 [[nodiscard]] std::size_t file_bytes(int descriptor, std::size_t bytes, const page_wishes& wishes);

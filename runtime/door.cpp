@@ -315,15 +315,7 @@ class listening_socket {
   [[nodiscard]] int get() const noexcept { return socket_.get(); }
 
  private:
-  [[nodiscard]] std::string makeshift_name() const {
-    std::uint64_t hash = 0xcbf2'9ce4'8422'2325;  // FNV-1a
-    for (const char letter : std::string_view{path_}.substr(path_.rfind('/') + 1)) {
-      hash = (hash ^ static_cast<unsigned char>(letter)) * 0x100'0000'01b3;
-    }
-    std::array<char, 24> name{};
-    std::snprintf(name.data(), name.size(), ".s%016llx", static_cast<unsigned long long>(hash));
-    return name.data();
-  }
+  [[nodiscard]] std::string makeshift_name() const { return ".s" + digest_of_last_part(path_); }
 
   void listen(const listener_options& options) {
     const auto backlog = static_cast<int>(std::min<std::size_t>(options.backlog, SOMAXCONN));

@@ -534,6 +534,13 @@ void endpoint::count_park(bell_kind bell) noexcept {
   own().cpu.store(static_cast<std::uint32_t>(this_cpu() + 1), std::memory_order_relaxed);
 }
 
+void endpoint::sync() {
+  if (!name_.outlives_its_ends()) return;  // neither it nor what it holds is on any disk
+  if (inherited()) fail(errc::inherited, text_ + ": expected an end of this process's own to be written to the disk");
+  const std::error_code error = segment_.map.write_to_disk();
+  if (error) fail_errno(error.value(), text_ + ": writing it to the disk");
+}
+
 explanation endpoint::explain() {
   explanation told;
   told.channel = text_;

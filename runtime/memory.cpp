@@ -117,10 +117,7 @@ std::string kind_of(::mode_t mode) {
 /// message. What the file holds stays. `shared`: others may be writing to it.
 void allocate(int descriptor, std::size_t bytes, bool shared, const memory_name& name) {
   const std::string what = name.text();
-  int error = 0;
-  do {
-    error = ::fallocate(descriptor, 0, 0, static_cast<off_t>(bytes)) == 0 ? 0 : errno;
-  } while (error == EINTR);
+  int error = allocate_bytes(descriptor, bytes);
   if (error == EOPNOTSUPP) {
     // The C library then rewrites a byte of each block, which would undo what another end writes at that moment. A file
     // that was there has been allocated like this by its creator.
@@ -301,13 +298,7 @@ bool still_named(const std::string& path, int descriptor) noexcept {
 /// A hidden name beside `path`, for file systems without nameless files. Always the same for the same path, so that the
 /// next creator finds what a dead one left.
 std::string makeshift_path(const std::string& path) {
-  std::uint64_t hash = 0xcbf2'9ce4'8422'2325;  // FNV-1a, so that the longest name has a makeshift, too
-  for (const char letter : std::string_view{path}.substr(path.rfind('/') + 1)) {
-    hash = (hash ^ static_cast<unsigned char>(letter)) * 0x100'0000'01b3;
-  }
-  std::array<char, 40> name{};
-  std::snprintf(name.data(), name.size(), "%016llx", static_cast<unsigned long long>(hash));
-  return directory_of(path).append(makeshift_prefix) + name.data();
+  return directory_of(path).append(makeshift_prefix) + digest_of_last_part(path);
 }
 
 /// Takes away the makeshift name that a creator of `path` left when it died, before or after it gave the file its own.
@@ -348,6 +339,13 @@ class nursling {
 
   /// Makes it and gives it its name; false when the name is taken.
   [[nodiscard]] bool come_to_be() {
+    if (name_.scheme == memory_scheme::file) {
+      // Opened before there is a name, so that a lack of descriptors leaves nothing.
+      const file_locks directory{directory_of(path_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0};
+      if (directory.descriptor() < 0 && errno != EACCES) fail_to_create(directory_of(path_));
+      fill();
+      return give_name() && name_is_on_disk(directory.descriptor());
+    }
     if (name_.scheme != memory_scheme::system_v) {
       fill();
       return give_name();
@@ -426,6 +424,15 @@ class nursling {
     }
     if (errno == EEXIST) return false;
     fail_errno(errno, name_.text() + ": giving " + path_ + " its name");
+  }
+
+  /// A file's name is the directory's, and goes to the disk with that. A directory that may be written to and not read
+  /// cannot be asked for it, and some file systems have nothing to say to that (EINVAL).
+  [[nodiscard]] bool name_is_on_disk(int directory) const {
+    if (directory >= 0 && ::fsync(directory) != 0 && errno != EINVAL) {
+      fail_errno(errno, name_.text() + ": writing its name to the disk");
+    }
+    return true;
   }
 
   void open_nameless(unsigned mode) {
@@ -578,16 +585,30 @@ memory_name parse_memory_name(std::string_view text) {
   return result;
 }
 
-namespace {
+std::string digest_of_last_part(std::string_view path) {
+  std::uint64_t hash = 0xcbf2'9ce4'8422'2325;  // FNV-1a
+  for (const char letter : path.substr(path.rfind('/') + 1)) {
+    hash = (hash ^ static_cast<unsigned char>(letter)) * 0x100'0000'01b3;
+  }
+  std::array<char, 24> digits{};
+  std::snprintf(digits.data(), digits.size(), "%016llx", static_cast<unsigned long long>(hash));
+  return digits.data();
+}
 
 std::size_t base_page() noexcept {
   static const auto bytes = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
   return bytes;
 }
 
-std::size_t round_up(std::size_t value, std::size_t step) noexcept {
-  return (value + step - 1) / step * step;
+int allocate_bytes(int descriptor, std::size_t bytes, int mode) noexcept {
+  int error = 0;
+  do {
+    error = ::fallocate(descriptor, mode, 0, static_cast<::off_t>(bytes)) == 0 ? 0 : errno;
+  } while (error == EINTR);
+  return error;
 }
+
+namespace {
 
 /// The first line of a file that the kernel writes; empty where there is none.
 std::string first_line(const std::string& path) {
@@ -616,18 +637,19 @@ std::size_t alignment_for(std::size_t extent) {
   return extent >= page ? page : 0;
 }
 
+/// The number behind that key in /proc/meminfo; 0 where there is none.
+std::size_t memory_figure(std::string_view key) {
+  std::ifstream file{"/proc/meminfo"};
+  std::string line;
+  while (std::getline(file, line)) {
+    if (line.starts_with(key)) return std::strtoull(line.c_str() + key.size(), nullptr, 10);
+  }
+  return 0;
+}
+
 /// Of a huge page that was set aside, as MAP_HUGETLB gives them; 0: the kernel has none.
 std::size_t hugetlb_page() {
-  static const std::size_t bytes = [] {
-    std::ifstream file{"/proc/meminfo"};
-    std::string line;
-    constexpr std::string_view key = "Hugepagesize:";
-    while (std::getline(file, line)) {
-      if (!line.starts_with(key)) continue;
-      return static_cast<std::size_t>(std::strtoull(line.c_str() + key.size(), nullptr, 10)) * 1024;
-    }
-    return std::size_t{0};
-  }();
+  static const std::size_t bytes = memory_figure("Hugepagesize:") * 1024;
   return bytes;
 }
 
@@ -704,6 +726,21 @@ range_facts facts_of(const std::byte* data, std::size_t bytes) {
 
 }  // namespace
 
+std::size_t page_of_mapping(const std::byte* data) {
+  // A look at all mappings of the process takes its time, and on most machines there are no other pages.
+  if (memory_figure("HugePages_Total:") == 0) return base_page();
+  return std::max(facts_of(data, 1).page_bytes, base_page());
+}
+
+std::string lack_of_hugetlb_pages(std::size_t bytes) {
+  const std::size_t page = hugetlb_page();
+  if (page == 0) return "no hugetlb pages: this kernel has none";
+  const std::string size = std::to_string(page / 1024);
+  const std::size_t free = number_in("/sys/kernel/mm/hugepages/hugepages-" + size + "kB/free_hugepages", 0);
+  return "no hugetlb pages: expected " + std::to_string(round_up(bytes, page) / page) + " free ones of " + size +
+         " KiB, found " + std::to_string(free) + " (/proc/sys/vm/nr_hugepages)";
+}
+
 std::size_t file_bytes(int descriptor, std::size_t bytes, const page_wishes& wishes) {
   if (const std::size_t page = hugetlb_page_of(descriptor); page != 0) return round_up(bytes, page);
   if (wishes.kind == page_kind::automatic || transparent_page() == 0) return bytes;
@@ -775,18 +812,13 @@ mapping mapping::anonymous(std::size_t bytes, const page_wishes& wishes) {
     if (made.data_ != nullptr) {
       if (wishes.node) made.ask_for_node(*wishes.node, what);
       // A control group may hold back what the machine has. Touching then fails here; a SIGBUS would come later.
-      if (::madvise(made.data_, extent, populate_write) == 0 || errno == EINVAL) {
+      if (made.populate()) {
         made.furnish(wishes, what);
         return made;
       }
     }
-    const std::string sizes = "/sys/kernel/mm/hugepages/hugepages-" + std::to_string(page / 1024) + "kB/free_hugepages";
-    reason = "no hugetlb pages: expected " + std::to_string(extent / page) + " free ones of " +
-             std::to_string(page / 1024) + " KiB, found " + std::to_string(number_in(sizes, 0)) +
-             " (/proc/sys/vm/nr_hugepages)";
-  } else if (wishes.kind == page_kind::huge) {
-    reason = "no hugetlb pages: this kernel has none";
   }
+  if (wishes.kind == page_kind::huge) reason = lack_of_hugetlb_pages(bytes);
   const bool transparent = wishes.kind != page_kind::automatic && transparent_page() != 0;
   const std::size_t extent = round_up(bytes, transparent ? transparent_page() : base_page());
   mapping made;
@@ -847,9 +879,14 @@ void mapping::keep_from_children(std::size_t bytes, void (*change)(std::byte*) n
   list.mappings.insert_or_assign(data_, estate::shared_memory{extent_, std::min(bytes, most_kept), change});
 }
 
-void mapping::populate() noexcept {
+std::error_code mapping::write_to_disk() noexcept {
+  return {::msync(data_, extent_, MS_SYNC) == 0 ? 0 : errno, std::system_category()};
+}
+
+bool mapping::populate() noexcept {
   // EINVAL: a kernel before 5.14. Where the kernel knows the call and cannot do it, touching would be a signal.
-  if (::madvise(data_, extent_, populate_write) == 0 || errno != EINVAL) return;
+  if (::madvise(data_, extent_, populate_write) == 0) return true;
+  if (errno != EINVAL) return false;
   // Touch each page for writing without changing it, because another process may be using it. A compare-exchange, because
   // compilers turn an addition of zero whose result nobody wants into nothing at all.
   for (std::size_t at = 0; at < extent_; at += base_page()) {
@@ -858,6 +895,7 @@ void mapping::populate() noexcept {
     while (!word.compare_exchange_weak(same, same, std::memory_order_relaxed)) {
     }
   }
+  return true;
 }
 
 void mapping::furnish(const page_wishes& wishes, const std::string& what) {

@@ -65,19 +65,11 @@ segment make_sealed_segment(const memory_name& name, const segment_plan& plan, u
     bytes = file_bytes(to_hand_over.get(), plan.bytes, plan.pages);
     return ::ftruncate(to_hand_over.get(), static_cast<::off_t>(bytes)) == 0 ? 0 : errno;
   };
-  // Whether there is memory for all of it.
-  const auto allocate = [&](int mode) {
-    int error = 0;
-    do {
-      error = ::fallocate(to_hand_over.get(), mode, 0, static_cast<::off_t>(bytes)) == 0 ? 0 : errno;
-    } while (error == EINTR);
-    return error;
-  };
   if (plan.pages.kind == page_kind::huge) {
     create(MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB);
     // Are there as many? They go back at once: where they are to lie is not said yet.
-    if (to_hand_over && (set_size() != 0 || allocate(0) != 0)) to_hand_over = {};
-    if (to_hand_over) (void)allocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE);
+    if (to_hand_over && (set_size() != 0 || allocate_bytes(to_hand_over.get(), bytes) != 0)) to_hand_over = {};
+    if (to_hand_over) (void)allocate_bytes(to_hand_over.get(), bytes, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE);
   }
   if (!to_hand_over) create(MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
   if (!to_hand_over && errno == EINVAL) create(MFD_CLOEXEC | MFD_ALLOW_SEALING);  // a kernel before 6.3
@@ -90,7 +82,7 @@ segment make_sealed_segment(const memory_name& name, const segment_plan& plan, u
   made.created = true;
   made.map = mapping::of_file(memory, plan.bytes, plan.pages, what);
   // Now, so that a lack of memory is an error here and not a signal at the first message.
-  const int error = allocate(0);
+  const int error = allocate_bytes(memory, bytes);
   if (error == ENOSPC || error == ENOMEM) {
     fail(errc::no_space, what + ": expected " + std::to_string(bytes) + " free bytes of memory, found fewer");
   }

@@ -57,8 +57,7 @@ constexpr std::size_t label_offset(std::uint64_t segment_bytes) noexcept {
 
 /// How long a segment is that holds so many bytes and a label.
 constexpr std::uint64_t with_label(std::uint64_t bytes) noexcept {
-  return (bytes + alignof(system_v_label) - 1) / alignof(system_v_label) * alignof(system_v_label) +
-         sizeof(system_v_label);
+  return round_up(bytes, alignof(system_v_label)) + sizeof(system_v_label);
 }
 
 ::key_t key_of(std::string_view name) noexcept {
@@ -103,6 +102,30 @@ class attachment {
 
  private:
   std::byte* data_ = nullptr;
+};
+
+/// A segment that is being made. The destructor removes it, unless it came to the end.
+class unfinished_segment {
+ public:
+  unfinished_segment() = default;
+  /// `flags`: SHM_HUGETLB or 0. None, and errno set, when it cannot be had.
+  unfinished_segment(::key_t key, std::uint64_t bytes, int flags) noexcept
+      // Ours alone until it is whole: the mode that was asked for may forbid what its creator has to do.
+      : identifier_{::shmget(key, static_cast<std::size_t>(bytes), IPC_CREAT | IPC_EXCL | 0600 | flags)} {}
+  unfinished_segment(unfinished_segment&& other) noexcept : identifier_{std::exchange(other.identifier_, -1)} {}
+  unfinished_segment& operator=(unfinished_segment&& other) noexcept {
+    std::swap(identifier_, other.identifier_);
+    return *this;
+  }
+  ~unfinished_segment() {
+    if (identifier_ >= 0) ::shmctl(identifier_, IPC_RMID, nullptr);
+  }
+  explicit operator bool() const noexcept { return identifier_ >= 0; }
+  [[nodiscard]] int identifier() const noexcept { return identifier_; }
+  void is_whole() noexcept { identifier_ = -1; }
+
+ private:
+  int identifier_ = -1;
 };
 
 struct label_text {
@@ -229,36 +252,53 @@ std::optional<system_v_segment> find_system_v(const memory_name& name, const sys
 mapping make_system_v(const memory_name& name, const segment_plan& plan) {
   const ::key_t key = key_of(name.name);
   const std::uint64_t bytes = with_label(plan.bytes);
-  // Ours alone until it is whole: the mode that was asked for may forbid what its creator has to do.
-  const int identifier = ::shmget(key, static_cast<std::size_t>(bytes), IPC_CREAT | IPC_EXCL | 0600);
-  if (identifier < 0) {
-    if (errno == EEXIST) {
-      fail(errc::foreign_segment, name.text() + ": expected no System V segment under key " + shown(key) +
-                                      ", found one that was made without its companion");
-    }
-    fail_to_make(name, bytes, errno);
-  }
+  unfinished_segment segment;
   mapping made;
-  try {
-    made = mapping::of_system_v(identifier, plan.bytes, plan.pages, name.text());
-    made.furnish(plan.pages, name.text());
-    ::shmid_ds state{};
-    if (::shmctl(identifier, IPC_STAT, &state) != 0) {
-      fail_errno(errno, name.text() + ": looking at System V segment " + std::to_string(identifier));
+  std::string lack;
+  if (plan.pages.kind == page_kind::huge) {
+    segment = unfinished_segment{key, bytes, SHM_HUGETLB};
+    if (segment) {
+      made = mapping::of_system_v(segment.identifier(), plan.bytes, plan.pages, name.text());
+      // A control group may hold back what the machine has. Touching then fails here; a SIGBUS would come later.
+      if (!made.populate()) {
+        made = {};
+        segment = {};
+        errno = ENOMEM;
+      }
     }
-    state.shm_perm.mode = static_cast<unsigned short>(plan.mode & 0777U);
-    if (plan.group) state.shm_perm.gid = static_cast<::gid_t>(*plan.group);
-    if (::shmctl(identifier, IPC_SET, &state) != 0) fail_errno(errno, name.text() + ": setting its mode");
-    plan.fill(made.data());
-  } catch (...) {
-    ::shmctl(identifier, IPC_RMID, nullptr);
-    throw;
+    if (!segment) {
+      lack = errno == EPERM
+                 ? "no hugetlb pages: expected that user " + std::to_string(::geteuid()) +
+                       " may have them in a System V segment (CAP_IPC_LOCK, or a group in vm.hugetlb_shm_group)"
+                 : lack_of_hugetlb_pages(bytes);
+    }
   }
+  if (!segment) {
+    segment = unfinished_segment{key, bytes, 0};
+    if (!segment) {
+      if (errno == EEXIST) {
+        fail(errc::foreign_segment, name.text() + ": expected no System V segment under key " + shown(key) +
+                                        ", found one that was made without its companion");
+      }
+      fail_to_make(name, bytes, errno);
+    }
+    made = mapping::of_system_v(segment.identifier(), plan.bytes, plan.pages, name.text(), lack);
+  }
+  made.furnish(plan.pages, name.text());
+  ::shmid_ds state{};
+  if (::shmctl(segment.identifier(), IPC_STAT, &state) != 0) {
+    fail_errno(errno, name.text() + ": looking at System V segment " + std::to_string(segment.identifier()));
+  }
+  state.shm_perm.mode = static_cast<unsigned short>(plan.mode & 0777U);
+  if (plan.group) state.shm_perm.gid = static_cast<::gid_t>(*plan.group);
+  if (::shmctl(segment.identifier(), IPC_SET, &state) != 0) fail_errno(errno, name.text() + ": setting its mode");
+  plan.fill(made.data());
   auto* label = ::new (static_cast<void*>(made.data() + label_offset(bytes))) system_v_label{};
   name.name.copy(label->name, sizeof label->name - 1);
   label->device = this_device();
   // release: pairs with the acquire in read_label. After everything else, because a segment with a label is whole.
   label->magic.store(system_v_label::expected_magic, std::memory_order_release);
+  segment.is_whole();
   return made;
 }
 
@@ -289,7 +329,8 @@ std::vector<std::string> labelled_system_v() {
   return names;
 }
 
-mapping mapping::of_system_v(int identifier, std::size_t bytes, const page_wishes& wishes, const std::string& what) {
+mapping mapping::of_system_v(int identifier, std::size_t bytes, const page_wishes& wishes, const std::string& what,
+                             const std::string& lack) {
   attachment whole{identifier, 0};
   if (whole.data() == nullptr) {
     if (errno == EACCES) fail(errc::no_permission, what + ": expected a System V segment that this user may write");
@@ -310,10 +351,13 @@ mapping mapping::of_system_v(int identifier, std::size_t bytes, const page_wishe
   mapping made;
   made.data_ = whole.release();
   made.bytes_ = bytes;
-  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-  made.extent_ = (static_cast<std::size_t>(state.shm_segsz) + page - 1) / page * page;
-  if (wishes.kind == page_kind::huge) {
-    made.shortfall_ = "no hugetlb pages: expected a file of hugetlbfs, found a System V segment";
+  // Nothing but the mapping itself tells of what pages it is.
+  const std::size_t page = page_of_mapping(made.data_);
+  made.extent_ = round_up(static_cast<std::size_t>(state.shm_segsz), page);
+  if (wishes.kind == page_kind::huge && page == base_page()) {
+    made.shortfall_ =
+        lack.empty() ? "no hugetlb pages: expected a System V segment that was made of them, found one of small pages"
+                     : lack;
   }
   if (wishes.node) made.ask_for_node(*wishes.node, what);
   return made;

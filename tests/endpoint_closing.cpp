@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "attempt.hpp"
+#include "ends.hpp"
 #include "other_process.hpp"
 #include "segment_files.hpp"
 
@@ -59,8 +60,8 @@ pair_of_ends in_this_process(const strait::channel_options& options) {
 }
 pair_of_ends under(const channel_name& name, const strait::channel_options& options) {
   pair_of_ends made;
-  made.keep(strait::endpoint::open(strait::role::sender, name.text(), strait::shape_of<number>, options),
-            strait::endpoint::open(strait::role::receiver, name.text(), strait::shape_of<number>, options));
+  auto [sending, receiving] = test::make_ends<number>(name, options);
+  made.keep(std::move(sending), std::move(receiving));
   return made;
 }
 
@@ -72,7 +73,7 @@ void for_every_memory(const strait::channel_options& options, Check&& check) {
     auto ends = in_this_process(options);
     check(ends);
   }
-  for (const std::string_view scheme : test::named_memories) {
+  const auto in = [&](std::string_view scheme) {
     INFO(std::string{scheme});
     const channel_name name{"closing", scheme};
     {
@@ -80,7 +81,9 @@ void for_every_memory(const strait::channel_options& options, Check&& check) {
       check(ends);
     }
     CHECK(name.exists() == name.outlives_its_ends());
-  }
+  };
+  for (const std::string_view scheme : test::named_memories) in(scheme);
+  for (int direction = 0; direction < 2; ++direction) in(test::handed_over_scheme);
 }
 
 void wait_until(const std::atomic<std::uint32_t>& word, presence what) {

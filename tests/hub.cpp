@@ -1609,6 +1609,10 @@ TEST_CASE("a fork from within a task: both go on behind it") {
 }
 
 TEST_CASE("the child's hub does not take the bells of its parent's") {
+  if (test::memory() != "private") {
+    MESSAGE("does not apply: a channel between processes stays the parent's (death.cpp), and the child has none");
+    return;
+  }
   asio::io_context context{1};
   watched_channel<message> channel{{.capacity = 16, .wait = strait::wait_policy::park}};
   std::atomic<message> got{0};

@@ -6,7 +6,8 @@
 // namespaces of their own, with a /dev/shm, sockets and System V segments that nobody else uses: what is left in there is
 // ours.
 //
-//     test-kills             10,000: at every system call, before and after it, and the rest at random; prints what was hit
+//     test-kills             10,000 over all memories: at every system call, before and after it, and the rest at random;
+//                            prints what was hit, and at the end how many in which memory
 //     test-kills --share     some hundred at random, in seconds
 //     test-kills --seed=N    the same choices again
 #define DOCTEST_CONFIG_IMPLEMENT
@@ -44,6 +45,7 @@
 #include <map>
 #include <optional>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -91,8 +93,9 @@ constexpr message make(std::uint64_t stream, std::uint64_t sequence) {
 
 // ---- what a kill is about ---------------------------------------------------------------------------------------------
 
-enum class memory { posix, system_v, file, makeshift_file };
-constexpr std::array memories{memory::posix, memory::system_v, memory::file, memory::makeshift_file};
+enum class memory { posix, system_v, file, makeshift_file, handed_over };
+constexpr std::array memories{memory::posix, memory::system_v, memory::file, memory::makeshift_file,
+                              memory::handed_over};
 constexpr std::string_view text_of(memory where) {
   switch (where) {
     case memory::posix:
@@ -103,6 +106,8 @@ constexpr std::string_view text_of(memory where) {
       return "file";
     case memory::makeshift_file:
       return "file, made under a makeshift name";
+    case memory::handed_over:
+      return "unix";
   }
   return "";
 }
@@ -540,6 +545,7 @@ struct call {
         STRAIT_CALL(newfstatat),
         STRAIT_CALL(read),
         STRAIT_CALL(pread64),
+        STRAIT_CALL(pwrite64),
         STRAIT_CALL(write),
         STRAIT_CALL(readlinkat),
         STRAIT_CALL(mmap),
@@ -550,6 +556,7 @@ struct call {
         STRAIT_CALL(mbind),
         STRAIT_CALL(fallocate),
         STRAIT_CALL(ftruncate),
+        STRAIT_CALL(memfd_create),
         STRAIT_CALL(fchmod),
         STRAIT_CALL(fchown),
         STRAIT_CALL(fsync),
@@ -561,6 +568,7 @@ struct call {
         STRAIT_CALL(epoll_ctl),
         STRAIT_CALL(eventfd2),
         STRAIT_CALL(socket),
+        STRAIT_CALL(socketpair),
         STRAIT_CALL(bind),
         STRAIT_CALL(listen),
         STRAIT_CALL(connect),
@@ -568,6 +576,9 @@ struct call {
         STRAIT_CALL(getsockopt),
         STRAIT_CALL(sendmsg),
         STRAIT_CALL(recvmsg),
+        STRAIT_CALL(sendto),
+        STRAIT_CALL(recvfrom),
+        STRAIT_CALL(prctl),
         STRAIT_CALL(shutdown),
         STRAIT_CALL(ppoll),
         STRAIT_CALL(futex),
@@ -577,6 +588,8 @@ struct call {
         STRAIT_CALL(geteuid),
         STRAIT_CALL(clone3),
         STRAIT_CALL(rt_sigprocmask),
+        STRAIT_CALL(rt_sigaction),
+        STRAIT_CALL(set_robust_list),
         STRAIT_CALL(sched_getaffinity),
         STRAIT_CALL(shmget),
         STRAIT_CALL(shmat),
@@ -630,53 +643,118 @@ struct trace {
   bool over = false;
 };
 
-/// Lets the victim run until it stops the next time; its status.
-int go_on(::pid_t victim, int request, int signal) {
-  if (::ptrace(static_cast<__ptrace_request>(request), victim, nullptr, signal) != 0) {
+/// Whose calls count: those of the victim's own thread, or of the one that its listener has at the door.
+enum class counted { own_thread, door_thread };
+
+struct stop {
+  ::pid_t thread = -1;
+  int status = 0;
+};
+
+/// The next stop of any of these threads, the first of which is the victim's own. Of the others some may end.
+stop next_stop(std::vector<::pid_t>& threads) {
+  stop next;
+  if (threads.size() == 1) {
+    ::alarm(30);
+    next.thread = ::waitpid(threads.front(), &next.status, __WALL);
+    ::alarm(0);
+    if (next.thread != threads.front()) throw std::runtime_error{"the victim hangs"};
+  } else {
+    // One by one: a wait for whoever it is would also find the ends of other processes.
+    wait_until(
+        [&] {
+          return std::ranges::any_of(threads, [&](::pid_t one) {
+            next.thread = ::waitpid(one, &next.status, __WALL | WNOHANG);
+            return next.thread == one;
+          });
+        },
+        "the victim's next step");
+    if (next.thread != threads.front() && !WIFSTOPPED(next.status)) {
+      std::erase(threads, next.thread);
+      return next_stop(threads);
+    }
+  }
+  if (!WIFSTOPPED(next.status)) throw std::runtime_error{"the victim ended by itself"};
+  return next;
+}
+
+/// The other threads of a traced process that was killed: none of them is gone, and so not the process either, before the
+/// tracer has seen its end.
+void reap_threads(::pid_t process) {
+  std::error_code gone;  // it may have been reaped already
+  for (const auto& entry : std::filesystem::directory_iterator{"/proc/" + std::to_string(process) + "/task", gone}) {
+    const auto thread = static_cast<::pid_t>(std::stol(entry.path().filename().string()));
+    if (thread != process) ::waitpid(thread, nullptr, __WALL);
+  }
+}
+
+void resume(::pid_t thread, int request, int signal) {
+  if (::ptrace(static_cast<__ptrace_request>(request), thread, nullptr, signal) != 0) {
     throw std::system_error{errno, std::system_category(), "ptrace of the victim"};
   }
-  int status = 0;
-  ::alarm(30);
-  const ::pid_t got = ::waitpid(victim, &status, __WALL);
-  ::alarm(0);
-  if (got != victim) throw std::runtime_error{"the victim hangs"};
-  if (!WIFSTOPPED(status)) throw std::runtime_error{"the victim ended by itself"};
-  return status;
 }
 
 /// Runs the victim up to the place and kills it there.
-trace kill_at(::pid_t victim, const place& where) {
+trace kill_at(::pid_t victim, const place& where, counted whose = counted::own_thread) {
   trace seen;
-  int status = 0;
-  if (::waitpid(victim, &status, __WALL) != victim || !WIFSTOPPED(status)) throw std::runtime_error{"no victim"};
-  ::ptrace(PTRACE_SETOPTIONS, victim, nullptr, PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL);
-  status = go_on(victim, PTRACE_CONT, 0);
-  while (WSTOPSIG(status) != phase_begins) status = go_on(victim, PTRACE_CONT, WSTOPSIG(status));
+  std::vector<::pid_t> threads{victim};
+  (void)next_stop(threads);
+  const bool at_the_door = whose == counted::door_thread;
+  ::ptrace(PTRACE_SETOPTIONS, victim, nullptr,
+           PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL | (at_the_door ? PTRACE_O_TRACECLONE : 0));
+  bool begun = false;
+  const auto go_on = [&](::pid_t thread, int signal) {
+    // The thread at the door is the first that a listener has; there are more, which are let run.
+    const bool counts = at_the_door ? threads.size() > 1 && thread == threads[1] : begun;
+    resume(thread, counts ? PTRACE_SYSCALL : PTRACE_CONT, signal);
+  };
+  go_on(victim, 0);
+  stop now;
   for (;;) {
-    status = go_on(victim, PTRACE_SYSCALL, 0);
-    if (WSTOPSIG(status) != (SIGTRAP | 0x80)) continue;
-    __ptrace_syscall_info info{};
-    if (::ptrace(PTRACE_GET_SYSCALL_INFO, victim, sizeof info, &info) < 0) {
-      throw std::system_error{errno, std::system_category(), "ptrace: which system call"};
-    }
-    if (info.op == PTRACE_SYSCALL_INFO_ENTRY) {
-      if (info.entry.nr == SYS_tgkill && info.entry.args[2] == static_cast<std::uint64_t>(phase_ends)) {
-        seen.over = true;
-        break;
+    now = next_stop(threads);
+    const int signal = WSTOPSIG(now.status);
+    if (now.status >> 16 == PTRACE_EVENT_CLONE) {
+      unsigned long created = 0;
+      ::ptrace(PTRACE_GETEVENTMSG, now.thread, nullptr, &created);
+      threads.push_back(static_cast<::pid_t>(created));
+      if (::waitpid(threads.back(), nullptr, __WALL) != threads.back()) throw std::runtime_error{"no second thread"};
+      go_on(threads.back(), 0);
+    } else if (signal == phase_begins) {
+      begun = true;
+    } else if (signal == phase_ends) {
+      seen.over = true;
+      break;
+    } else if (signal != (SIGTRAP | 0x80)) {
+      go_on(now.thread, begun ? 0 : signal);
+      continue;
+    } else if (begun) {
+      __ptrace_syscall_info info{};
+      if (::ptrace(PTRACE_GET_SYSCALL_INFO, now.thread, sizeof info, &info) < 0) {
+        throw std::system_error{errno, std::system_category(), "ptrace: which system call"};
       }
-      call now{info.entry.nr, info.entry.nr == SYS_fcntl ? info.entry.args[1] : 0, 0};
-      while (std::ranges::find(seen.calls, now) != seen.calls.end()) ++now.repeated;
-      seen.calls.push_back(now);
-      if (where.is(seen.calls) && !where.after) break;
-    } else if (info.op == PTRACE_SYSCALL_INFO_EXIT) {
-      // The phase begins with the end of a call that is none of its own.
-      if (!seen.calls.empty() && where.is(seen.calls) && where.after) break;
+      if (info.op == PTRACE_SYSCALL_INFO_ENTRY) {
+        if (info.entry.nr == SYS_tgkill && info.entry.args[2] == static_cast<std::uint64_t>(phase_ends)) {
+          seen.over = true;
+          break;
+        }
+        call made{info.entry.nr, info.entry.nr == SYS_fcntl ? info.entry.args[1] : 0, 0};
+        while (std::ranges::find(seen.calls, made) != seen.calls.end()) ++made.repeated;
+        seen.calls.push_back(made);
+        if (where.is(seen.calls) && !where.after) break;
+      } else if (info.op == PTRACE_SYSCALL_INFO_EXIT) {
+        // The phase begins with the end of a call that is none of its own.
+        if (!seen.calls.empty() && where.is(seen.calls) && where.after) break;
+      }
     }
+    go_on(now.thread, 0);
   }
   for (std::uint64_t i = 0; i < where.instructions && !seen.over; ++i) {
-    seen.over = WSTOPSIG(go_on(victim, PTRACE_SINGLESTEP, 0)) == phase_ends;
+    resume(now.thread, PTRACE_SINGLESTEP, 0);
+    // The others stand still, but for the victim's own thread, which may come to the end of the phase.
+    seen.over = WSTOPSIG(next_stop(threads).status) == phase_ends;
   }
   ::kill(victim, SIGKILL);
+  if (at_the_door) reap_threads(victim);
   return seen;
 }
 
@@ -691,31 +769,55 @@ std::vector<std::string> lines_with(const char* file, std::string_view part) {
   return found;
 }
 
+/// What there is of ours, by kind.
+struct leftovers {
+  std::vector<std::string> names;
+  std::vector<std::string> segments;
+  std::vector<std::string> sockets;
+  std::vector<std::string> locks;
+};
+
 /// Sockets and locks: the kernel takes these with the process.
-std::string left_in_the_kernel() {
+leftovers in_the_kernel() {
   struct ::stat file{};
-  if (::stat("/dev/shm", &file) != 0) return "no /dev/shm";
+  if (::stat("/dev/shm", &file) != 0) throw std::system_error{errno, std::system_category(), "/dev/shm"};
   std::array<char, 32> device{};
   std::snprintf(device.data(), device.size(), " %02x:%02x:", major(file.st_dev), minor(file.st_dev));
-  std::string left;
-  for (const auto& lock : lines_with("/proc/locks", device.data())) left += "lock " + lock + "; ";
+  leftovers found;
+  found.locks = lines_with("/proc/locks", device.data());
   for (const std::string_view name : {std::string_view{"@strait"}, std::string_view{directory}}) {
-    for (const auto& socket : lines_with("/proc/self/net/unix", name)) left += "socket " + socket + "; ";
+    for (auto& socket : lines_with("/proc/self/net/unix", name)) found.sockets.push_back(std::move(socket));
   }
-  return left;
+  return found;
 }
 
-/// Names and segments.
-std::string left_in_memory() {
-  std::string left;
+/// Names and System V segments. (Memory that was handed over has no name, and ends with the last process that has it.)
+leftovers in_memory() {
+  leftovers found;
   for (const auto& entry : std::filesystem::recursive_directory_iterator{"/dev/shm"}) {
-    if (entry.path() != directory) left += entry.path().string() + "; ";
+    if (entry.path() != directory) found.names.push_back(entry.path().string());
   }
-  std::ifstream segments{"/proc/sysvipc/shm"};
-  std::string line;
-  std::getline(segments, line);  // the heading
-  while (std::getline(segments, line)) left += "System V segment " + line + "; ";
-  return left;
+  found.segments = lines_with("/proc/sysvipc/shm", "");
+  found.segments.erase(found.segments.begin());  // the heading
+  return found;
+}
+
+std::string text_of(const leftovers& found) {
+  std::string text;
+  const auto add = [&text](const char* what, const std::vector<std::string>& all) {
+    for (const std::string& one : all) text += what + one + "; ";
+  };
+  add("", found.names);
+  add("System V segment ", found.segments);
+  add("socket ", found.sockets);
+  add("lock ", found.locks);
+  return text;
+}
+std::string left_in_the_kernel() {
+  return text_of(in_the_kernel());
+}
+std::string left_in_memory() {
+  return text_of(in_memory());
 }
 
 // ---- one kill ---------------------------------------------------------------------------------------------------------
@@ -792,6 +894,7 @@ class cleaner {
   ~cleaner() {
     for (const ::pid_t one : processes_) {
       ::kill(one, SIGKILL);
+      reap_threads(one);
       ::waitpid(one, nullptr, __WALL);
     }
     std::error_code ignored;
@@ -920,6 +1023,16 @@ trace kill_once(const scenario& what, const place& where, next_comer first) {
   }
 }
 
+/// Kills them at some moment of the next millisecond, one right after the other.
+void kill_at_a_moment(std::vector<::pid_t>& processes) {
+  const auto at = std::chrono::steady_clock::now() + std::chrono::microseconds{chance_below(1000)};
+  while (std::chrono::steady_clock::now() < at) {
+  }
+  if (chance_below(2) == 0) std::ranges::reverse(processes);
+  for (const ::pid_t one : processes) ::kill(one, SIGKILL);
+  for (const ::pid_t one : processes) (void)reap(one);
+}
+
 /// Both ends' processes at once, or one that holds both. Returns how many that were.
 std::size_t kill_loopers(memory where, next_comer first) {
   start_afresh();
@@ -937,12 +1050,7 @@ std::size_t kill_loopers(memory where, next_comer first) {
     loops(role::receiver);
   }
   wait_until([] { return everybody->loops == 3U || everybody->others.failed != 0; }, "the loopers' first round");
-  const auto at = std::chrono::steady_clock::now() + std::chrono::microseconds{chance_below(1000)};
-  while (std::chrono::steady_clock::now() < at) {
-  }
-  if (chance_below(2) == 0) std::ranges::reverse(loopers);
-  for (const ::pid_t one : loopers) ::kill(one, SIGKILL);
-  for (const ::pid_t one : loopers) (void)reap(one);
+  kill_at_a_moment(loopers);
   complain();
   see_that_it_works(where, std::nullopt, first);
   after.done();
@@ -951,10 +1059,11 @@ std::size_t kill_loopers(memory where, next_comer first) {
 
 // ---- memory that is handed over at a socket -----------------------------------------------------------------------------
 
-enum class door_step { listen, stop_listening, connect, hang_up_as_client, hang_up_as_server };
+enum class door_step { listen, stop_listening, let_in, connect, hang_up_as_client, hang_up_as_server };
 constexpr std::array door_steps{
     std::pair{door_step::listen, std::string_view{"listen"}},
     std::pair{door_step::stop_listening, std::string_view{"stop listening"}},
+    std::pair{door_step::let_in, std::string_view{"let a client in"}},
     std::pair{door_step::connect, std::string_view{"connect"}},
     std::pair{door_step::hang_up_as_client, std::string_view{"hang up, client"}},
     std::pair{door_step::hang_up_as_server, std::string_view{"hang up, server"}},
@@ -1023,25 +1132,43 @@ void play_server() {
   }
 }
 
+/// Connects; none: nobody is there yet, or he went while we came in.
+std::optional<link> reach_server() {
+  try {
+    return strait::blocking_connect<message, message>(door_name, {.lanes = door_lanes});
+  } catch (const std::system_error& error) {
+    const bool later = error.code() == std::errc::connection_refused ||
+                       error.code() == std::errc::no_such_file_or_directory ||
+                       error.code() == std::errc::connection_reset || error.code() == std::errc::broken_pipe ||
+                       error.code() == strait::errc::peer_died || error.code() == strait::errc::closed;
+    if (!later) throw;
+    std::this_thread::sleep_for(100us);  // between two attempts
+    return std::nullopt;
+  }
+}
+
 /// Asks all that the living ask, of one server.
 void play_client() {
   account& mine = everybody->sender;
   const auto end = std::chrono::steady_clock::now() + patience;
-  for (;;) {
-    try {
-      link server = strait::blocking_connect<message, message>(door_name, {.lanes = door_lanes});
+  while (std::chrono::steady_clock::now() < end) {
+    if (std::optional<link> server = reach_server()) {
       mine.in = 1;
-      if (ask(mine, server, of_the_living, exchanged)) return;
-    } catch (const std::system_error& error) {
-      // Nobody there yet, or he went while we came in.
-      const bool later = error.code() == std::errc::connection_refused ||
-                         error.code() == std::errc::no_such_file_or_directory ||
-                         error.code() == std::errc::connection_reset || error.code() == std::errc::broken_pipe ||
-                         error.code() == strait::errc::peer_died || error.code() == strait::errc::closed;
-      if (!later || std::chrono::steady_clock::now() > end) throw;
-      std::this_thread::sleep_for(100us);  // between two attempts
+      if (ask(mine, *server, of_the_living, exchanged)) return;
     }
   }
+  throw std::runtime_error{"waited in vain: a server"};
+}
+
+/// Whether this process's thread at the door has begun, and waits for somebody to come.
+bool door_is_attended() {
+  for (const auto& entry : std::filesystem::directory_iterator{"/proc/self/task"}) {
+    std::ifstream file{entry.path() / "stat"};
+    std::string line;
+    std::getline(file, line);
+    if (line.find("(strait-door) S") != std::string::npos) return true;
+  }
+  return false;
 }
 
 void play_at_the_door(door_step step) {
@@ -1056,6 +1183,16 @@ void play_at_the_door(door_step step) {
       auto& here = *new door{open_door()};
       say(phase_begins);
       here.close();
+      say(phase_ends);
+      return;
+    }
+    case door_step::let_in: {
+      // By the listener's thread, which makes the memory and hands it over; this one only takes what came.
+      auto& here = *new door{open_door()};
+      wait_until(door_is_attended, "the thread at the door");
+      say(phase_begins);
+      everybody->victim_in = 1;
+      (void)new link{here.blocking_accept()};
       say(phase_ends);
       return;
     }
@@ -1108,18 +1245,26 @@ trace kill_at_the_door(door_step step, const place& where) {
   });
   after.add(victim);
   // Before the victim runs: it tries until there is a server.
+  const bool client_survives = step == door_step::hang_up_as_server || step == door_step::let_in;
   if (step == door_step::hang_up_as_server) add(all.sender, play_client);
+  if (step == door_step::let_in) {
+    add(all.sender, [] {
+      wait_until([] { return everybody->victim_in != 0; }, "a listener");
+      play_client();
+    });
+  }
   trace seen;
   try {
-    seen = kill_at(victim, where);
+    seen = kill_at(victim, where, step == door_step::let_in ? counted::door_thread : counted::own_thread);
   } catch (const std::exception&) {
     complain();
     throw;
   }
   (void)reap(victim);
   complain();
+  all.victim_in = 1;  // whom it did not come to say so to is to look for another
   // The client first: the server waits for it.
-  if (step != door_step::hang_up_as_server) add(all.sender, play_client);
+  if (!client_survives) add(all.sender, play_client);
   std::ranges::reverse(living);
   if (!server_survives) add(all.receiver, play_server);
   for (const ::pid_t one : living) {
@@ -1133,40 +1278,98 @@ trace kill_at_the_door(door_step step, const place& where) {
   return seen;
 }
 
+/// Comes and goes until it is killed.
+[[noreturn]] void loop_at_the_door(role who) {
+  account& mine = everybody->others;
+  try {
+    for (std::uint64_t i = 0;; ++i) {
+      if (who == role::receiver) {
+        door here = open_door();
+        std::error_code error;
+        link peer = here.blocking_accept_until(std::chrono::steady_clock::now() + 2ms, error);
+        if (error == std::errc::timed_out) continue;
+        if (error) throw std::system_error{error, "accept"};
+        if (serve(mine, peer, 2) != 0) everybody->loops.fetch_or(2U);
+      } else if (std::optional<link> server = reach_server()) {
+        if (ask(mine, *server, i, 3)) throw std::runtime_error{"more answers than there are"};
+        everybody->loops.fetch_or(1U);
+      }
+    }
+  } catch (const std::exception& error) {
+    mine.fail(error.what());
+    ::_exit(1);
+  }
+}
+
+/// Both sides' processes at once. Returns how many that were.
+std::size_t kill_loopers_at_the_door() {
+  start_afresh();
+  cleaner after;
+  std::vector<::pid_t> loopers;
+  for (const role who : {role::sender, role::receiver}) {
+    loopers.push_back(spawn(memory::handed_over, everybody->others, [who] { loop_at_the_door(who); }));
+    after.add(loopers.back());
+  }
+  wait_until([] { return everybody->loops == 3U || everybody->others.failed != 0; }, "the loopers' first round");
+  kill_at_a_moment(loopers);
+  complain();
+  std::vector<::pid_t> living{spawn(memory::handed_over, everybody->sender, play_client),
+                              spawn(memory::handed_over, everybody->receiver, play_server)};
+  for (const ::pid_t one : living) after.add(one);
+  for (const ::pid_t one : living) {
+    (void)reap(one);
+    complain();
+  }
+  if (const std::string left = left_in_memory() + left_in_the_kernel(); !left.empty()) {
+    throw std::runtime_error{"left: " + left};
+  }
+  after.done();
+  return loopers.size();
+}
+
 // ---- the campaign -----------------------------------------------------------------------------------------------------
 
 bool only_a_share = false;
 
-std::vector<scenario> all_scenarios() {
+std::vector<scenario> scenarios_in(memory where) {
   std::vector<scenario> all;
-  for (const memory where : memories) {
-    for (const phase_kind& kind : phases) {
-      if (kind.what == phase::replace && outlives_its_ends(where)) continue;  // the user's, and never replaced
-      if (kind.as_sender) all.push_back({where, kind, role::sender});
-      if (kind.as_receiver) all.push_back({where, kind, role::receiver});
-    }
+  for (const phase_kind& kind : phases) {
+    if (kind.what == phase::replace && outlives_its_ends(where)) continue;  // the user's, and never replaced
+    if (kind.as_sender) all.push_back({where, kind, role::sender});
+    if (kind.as_receiver) all.push_back({where, kind, role::receiver});
   }
   return all;
 }
 
+/// What was done in one memory.
 struct tally {
-  std::uint64_t kills = 0;
+  std::uint64_t at_calls = 0;
+  std::uint64_t at_places = 0;
+  std::uint64_t at_moments = 0;
   int failures = 0;
+  double seconds = 0;
+  int steps = 0;
+  /// In how many calls of those steps a process was killed, and how many different ones these are.
+  std::uint64_t before = 0;
+  std::uint64_t after = 0;
+  std::set<std::uint64_t> different;
+
+  [[nodiscard]] std::uint64_t kills() const { return at_calls + at_places + at_moments; }
+  [[nodiscard]] bool too_many() const { return failures > 5; }
 
   /// Does it and counts the kills that it returns; not when something was found.
   template <class Deed>
-  void attempt(const std::string& what, Deed&& deed) {
+  void attempt(std::uint64_t& counter, const std::string& what, Deed&& deed) {
     try {
-      kills += static_cast<std::uint64_t>(deed());
+      counter += static_cast<std::uint64_t>(deed());
     } catch (const std::exception& error) {
       ++failures;
       MESSAGE(what, ": ", std::string{error.what()});
     }
   }
-  [[nodiscard]] bool too_many() const { return failures > 20; }
 };
 
-/// Kills at each call of the phase, before and after it, and prints what was hit.
+/// Kills at each call of the step, before and after it, and prints what was hit.
 /// `kill_once`: from the place and a number for each time, which chooses who comes next.
 template <class KillOnce>
 void kill_at_every_call(const std::string& what, tally& done, KillOnce&& kill_once) {
@@ -1175,12 +1378,13 @@ void kill_at_every_call(const std::string& what, tally& done, KillOnce&& kill_on
   // others (a wait for a thread, memory for the allocator); it is hit where it happens.
   std::vector<call> calls;
   std::vector<call> again;
-  done.attempt(what + ", at its end", [&] {
+  done.attempt(done.at_calls, what + ", at its end", [&] {
     calls = kill_once(place{}, turn++).calls;
     again = kill_once(place{}, turn++).calls;
     return 2;
   });
   CHECK(!calls.empty());
+  ++done.steps;
   std::string table;
   std::uint64_t hits = 0;
   for (const call& one : calls) {
@@ -1189,7 +1393,7 @@ void kill_at_every_call(const std::string& what, tally& done, KillOnce&& kill_on
       const std::string text = what + (after ? ", after " : ", before ") + one.text();
       for (int tries = 0; tries < 10 && hit[after ? 1 : 0] < 2; ++tries) {
         const int before = done.failures;
-        done.attempt(text, [&] {
+        done.attempt(done.at_calls, text, [&] {
           const trace seen = kill_once(place{.at = one, .ordinal = {}, .after = after}, turn++);
           if (!seen.over) ++hit[after ? 1 : 0];
           return 1;
@@ -1197,15 +1401,77 @@ void kill_at_every_call(const std::string& what, tally& done, KillOnce&& kill_on
         if (done.failures != before) break;
       }
     }
-    // A futex is waited for only where another thread is slower.
-    const bool always = one.number != SYS_futex && std::ranges::find(again, one) != again.end();
+    // Another thread may be slower, or have come already: a wait for it is not in every run.
+    const bool waits = one.number == SYS_futex || one.number == SYS_clock_nanosleep;
+    const bool always = !waits && std::ranges::find(again, one) != again.end();
     CHECK_MESSAGE(std::min(hit[0], hit[1]) >= (always ? 1 : 0), what, ": ", one.text(), " was not hit");
     table += (table.empty() ? "" : ", ") + one.text() + ' ' + std::to_string(hit[0]) + '+' + std::to_string(hit[1]);
     hits += static_cast<std::uint64_t>(hit[0] + hit[1]);
+    if (hit[0] != 0) ++done.before;
+    if (hit[1] != 0) ++done.after;
+    if (hit[0] != 0 && hit[1] != 0) done.different.insert(one.number);
   }
   std::printf("%s: %zu calls, killed before+after: %llu\n    %s\n", what.c_str(), calls.size(),
               static_cast<unsigned long long>(hits), table.c_str());
   std::fflush(stdout);
+}
+
+/// At every call of every step that there is in this memory.
+void kill_at_every_step(memory where, tally& done) {
+  if (where == memory::handed_over) {
+    for (const auto& [step, text] : door_steps) {
+      if (done.too_many()) break;
+      kill_at_every_call("unix, " + std::string{text}, done,
+                         [step = step](const place& at, std::uint64_t) { return kill_at_the_door(step, at); });
+    }
+    return;
+  }
+  for (const scenario& what : scenarios_in(where)) {
+    if (done.too_many()) break;
+    // Of each two kills before or after a call the second is followed by a removal.
+    kill_at_every_call(what.text(), done, [&](const place& at, std::uint64_t turn) {
+      constexpr std::array comers{next_comer::sender, next_comer::strait_rm, next_comer::receiver,
+                                  next_comer::strait_rm};
+      return kill_once(what, at, comers[turn % comers.size()]);
+    });
+  }
+}
+
+/// At a call of a step, or some instructions behind one.
+void kill_at_random_place(memory where, std::uint64_t turn, tally& done) {
+  const std::uint64_t instructions = chance_below(2) == 0 ? chance_below(2000) : 0;
+  place at{.at = {}, .ordinal = {}, .after = instructions != 0 || chance_below(2) == 0, .instructions = instructions};
+  const auto attempt = [&](const std::string& what, auto&& deed) {
+    done.attempt(done.at_places,
+                 what + (at.after ? ", after call " : ", before call ") + std::to_string(*at.ordinal + 1) + " and " +
+                     std::to_string(instructions) + " instructions",
+                 [&] {
+                   deed();
+                   return 1;
+                 });
+  };
+  if (where == memory::handed_over) {
+    const auto& [step, text] = door_steps[turn % door_steps.size()];
+    at.ordinal = chance_below(60);
+    attempt("unix, " + std::string{text}, [&, step = step] { (void)kill_at_the_door(step, at); });
+    return;
+  }
+  static const std::map<memory, std::vector<scenario>> all = [] {
+    std::map<memory, std::vector<scenario>> made;
+    for (const memory one : memories) made[one] = scenarios_in(one);
+    return made;
+  }();
+  const scenario& what = all.at(where)[turn % all.at(where).size()];
+  at.ordinal = chance_below(what.kind.what < phase::close_beside_peer ? 45 : 12);
+  const auto first = static_cast<next_comer>(chance_below(3));
+  attempt(what.text(), [&] { (void)kill_once(what, at, first); });
+}
+
+void kill_at_random_moment(memory where, tally& done) {
+  done.attempt(done.at_moments, "coming and going, " + std::string{text_of(where)}, [&] {
+    return where == memory::handed_over ? kill_loopers_at_the_door()
+                                        : kill_loopers(where, static_cast<next_comer>(chance_below(3)));
+  });
 }
 
 }  // namespace kills
@@ -1214,76 +1480,58 @@ using namespace kills;
 
 TEST_CASE("killed at every system call of creating, attaching, closing and clearing away, and at random") {
   const auto began = std::chrono::steady_clock::now();
-  const std::uint64_t wanted = only_a_share ? 400 : 10'000;
-  tally done;
-  const auto scenarios = all_scenarios();
-  if (!only_a_share) {
-    for (const scenario& what : scenarios) {
-      if (done.too_many()) break;
-      // Of each two kills before or after a call the second is followed by a removal.
-      kill_at_every_call(what.text(), done, [&](const place& where, std::uint64_t turn) {
-        constexpr std::array comers{next_comer::sender, next_comer::strait_rm, next_comer::receiver,
-                                    next_comer::strait_rm};
-        return kill_once(what, where, comers[turn % comers.size()]);
-      });
+  // Each memory has its share. What all calls leave of it is at random, and that is never only a few.
+  const std::uint64_t wanted_in_each = (only_a_share ? 400 : 10'000) / memories.size();
+  const std::uint64_t wanted_at_random = only_a_share ? wanted_in_each : 400;
+  std::map<memory, tally> all;
+  for (const memory where : memories) {
+    tally& done = all[where];
+    const auto begins = std::chrono::steady_clock::now();
+    if (!only_a_share) kill_at_every_step(where, done);
+    const auto enough = [&] {
+      return done.kills() >= wanted_in_each && done.at_places + done.at_moments >= wanted_at_random;
+    };
+    for (std::uint64_t turn = 0; !enough() && !done.too_many(); ++turn) {
+      kill_at_random_place(where, turn, done);
+      kill_at_random_moment(where, done);
     }
+    done.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begins).count();
   }
-  const std::uint64_t at_calls = done.kills;
-  std::uint64_t at_places = 0;
-  for (std::uint64_t turn = 0; done.kills < wanted && !done.too_many(); ++turn) {
-    const auto first = static_cast<next_comer>(chance_below(3));
-    if (turn % 2 == 0) {
-      // Each phase in turn: at a call, or some instructions behind one.
-      const scenario& what = scenarios[turn / 2 % scenarios.size()];
-      const std::uint64_t instructions = chance_below(2) == 0 ? chance_below(2000) : 0;
-      const place where{.at = {},
-                        .ordinal = chance_below(what.kind.what < phase::close_beside_peer ? 45 : 12),
-                        .after = instructions != 0 || chance_below(2) == 0,
-                        .instructions = instructions};
-      const std::string text = what.text() + (where.after ? ", after call " : ", before call ") +
-                               std::to_string(*where.ordinal + 1) + " and " + std::to_string(instructions) +
-                               " instructions";
-      done.attempt(text, [&] {
-        (void)kill_once(what, where, first);
-        ++at_places;
-        return 1;
-      });
-    } else {
-      const memory where = memories[turn / 2 % memories.size()];
-      done.attempt("opening and closing, " + std::string{text_of(where)}, [&] { return kill_loopers(where, first); });
-    }
-  }
-  CHECK(done.failures == 0);
-  CHECK(done.kills >= wanted);
-  std::printf("kills: %llu in %.1f s: %llu at every call, %llu at random places, %llu at random moments\n",
-              static_cast<unsigned long long>(done.kills),
-              std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count(),
-              static_cast<unsigned long long>(at_calls), static_cast<unsigned long long>(at_places),
-              static_cast<unsigned long long>(done.kills - at_calls - at_places));
-}
-
-TEST_CASE("killed while listening, connecting and hanging up") {
-  tally done;
-  for (const auto& [step, text] : door_steps) {
+  tally sum;
+  for (const memory where : memories) {
+    const tally& done = all[where];
+    CHECK(done.failures == 0);
+    CHECK(done.kills() >= wanted_in_each);
+    std::printf("kills, %s: %llu in %.1f s:", text_of(where).data(), static_cast<unsigned long long>(done.kills()),
+                done.seconds);
     if (!only_a_share) {
-      kill_at_every_call(std::string{text}, done,
-                         [step = step](const place& where, std::uint64_t) { return kill_at_the_door(step, where); });
+      std::printf(" %llu in %d steps, before %llu and after %llu calls of %zu kinds,",
+                  static_cast<unsigned long long>(done.at_calls), done.steps,
+                  static_cast<unsigned long long>(done.before), static_cast<unsigned long long>(done.after),
+                  done.different.size());
     }
-    for (int i = 0; i < (only_a_share ? 8 : 100) && !done.too_many(); ++i) {
-      const place where{.at = {},
-                        .ordinal = chance_below(60),
-                        .after = i % 2 == 0,
-                        .instructions = i % 4 == 0 ? chance_below(2000) : 0};
-      done.attempt(std::string{text} + ", after call " + std::to_string(*where.ordinal + 1) + " and " +
-                       std::to_string(where.instructions) + " instructions",
-                   [&, step = step] {
-                     (void)kill_at_the_door(step, where);
-                     return 1;
-                   });
-    }
+    std::printf(" %llu at random places, %llu at random moments\n", static_cast<unsigned long long>(done.at_places),
+                static_cast<unsigned long long>(done.at_moments));
+    sum.at_calls += done.at_calls;
+    sum.at_places += done.at_places;
+    sum.at_moments += done.at_moments;
+    sum.before += done.before;
+    sum.after += done.after;
+    sum.different.insert(done.different.begin(), done.different.end());
   }
-  CHECK(done.failures == 0);
-  std::printf("kills: %llu at the door\n", static_cast<unsigned long long>(done.kills));
+  const leftovers memory_left = in_memory();
+  const leftovers kernel_left = in_the_kernel();
+  CHECK(text_of(memory_left) + text_of(kernel_left) == "");
+  std::printf("kills: %llu in %.1f s over %zu memories, ", static_cast<unsigned long long>(sum.kills()),
+              std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count(), memories.size());
+  if (!only_a_share) {
+    std::printf("before %llu and after %llu system calls of %zu kinds and ",
+                static_cast<unsigned long long>(sum.before), static_cast<unsigned long long>(sum.after),
+                sum.different.size());
+  }
+  std::printf(
+      "at random; after each the next comer came, and left %zu names, %zu segments, %zu sockets and %zu locks\n",
+      memory_left.names.size(), memory_left.segments.size(), kernel_left.sockets.size(), kernel_left.locks.size());
 }
 
 namespace {

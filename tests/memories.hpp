@@ -13,7 +13,7 @@
 
 namespace test {
 
-inline constexpr std::array<std::string_view, 4> memories{"private", "posix", "sysv", "file"};
+inline constexpr std::array<std::string_view, 5> memories{"private", "posix", "sysv", "file", "unix"};
 
 /// The memory of this run; unsaid, that of the process.
 inline std::string_view memory() {

@@ -25,6 +25,7 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <optional>
 #include <span>
 #include <string>
@@ -377,6 +378,28 @@ TEST_CASE("memory: huge pages that were set aside are used, and without them the
   CHECK(made.map.report().shortfall.find("expected a file of hugetlbfs") != std::string::npos);
 }
 
+TEST_CASE("memory: a System V segment has huge pages where they were set aside, and without them it says why") {
+  const channel_name name{"huge", test::system_v_memory::scheme};
+  const auto parsed = strait::parse_memory_name(name.text());
+  const strait::page_wishes wishes{.kind = strait::page_kind::huge};
+  auto made = test_segment{.name = parsed, .pages = wishes}.open();
+  made.locks.unlock(strait::gate_byte);
+  const auto entered = test_segment{.name = parsed, .pages = wishes}.open();
+  CHECK(text_of(entered) == mark);
+  const auto report = made.map.report();
+  const auto other_report = entered.map.report();
+  MESSAGE(report.page_bytes, " bytes a page; ", report.shortfall, "; entered: ", other_report.shortfall);
+  CHECK(other_report.page_bytes == report.page_bytes);
+  if (report.page_bytes > base_page()) {
+    CHECK(report.shortfall.empty());
+    CHECK(report.bytes % report.page_bytes == 0);
+  } else {
+    CHECK(report.shortfall.find("no hugetlb pages: expected 1 free ones") != std::string::npos);
+    CHECK(other_report.shortfall.find("no hugetlb pages: expected a System V segment that was made of them") !=
+          std::string::npos);
+  }
+}
+
 TEST_CASE("child: little may be locked" * doctest::skip()) {
   if (!test::is_child()) return;
   const channel_name name{"locked"};
@@ -549,6 +572,16 @@ TEST_CASE_TEMPLATE("memory: the mode is what was asked for, whatever the umask",
   ::umask(before);
 }
 
+/// How often a thread of ours has gone to sleep.
+std::uint64_t sleeps_of(::pid_t thread) {
+  std::ifstream file{"/proc/self/task/" + std::to_string(thread) + "/status"};
+  constexpr std::string_view key = "voluntary_ctxt_switches:";
+  for (std::string line; std::getline(file, line);) {
+    if (line.starts_with(key)) return std::stoull(line.substr(key.size()));
+  }
+  return 0;
+}
+
 TEST_CASE_TEMPLATE("memory: what is to be opened is waited for, until the deadline", memory, STRAIT_NAMED_MEMORIES) {
   using clock = std::chrono::steady_clock;
   const channel_name name{"patience", memory::scheme};
@@ -558,14 +591,17 @@ TEST_CASE_TEMPLATE("memory: what is to be opened is waited for, until the deadli
                 [&] { (void)test_segment{.name = parsed, .mode = open_mode::open, .deadline = deadline}.open(); });
   CHECK(clock::now() >= deadline);
   std::atomic<bool> in{false};
+  std::atomic<::pid_t> waiting{0};
   std::thread waits{[&] {
+    waiting = static_cast<::pid_t>(::syscall(SYS_gettid));
     const auto found =
         test_segment{.name = parsed, .mode = open_mode::open, .deadline = clock::time_point::max()}.open();
     CHECK_FALSE(found.created);
     CHECK(text_of(found) == mark);
     in = true;
   }};
-  std::this_thread::yield();
+  // It sleeps after each look in vain: by now it has looked several times.
+  test::eventually([&] { return in || (waiting != 0 && sleeps_of(waiting) >= 5); });
   CHECK_FALSE(in);
   {
     const auto made = test_segment{.name = parsed, .mode = open_mode::create}.open();

@@ -11,6 +11,8 @@
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -54,8 +56,8 @@ channel_name file_name(std::string_view what) {
 /// A directory that is taken away with all that is in it.
 class directory {
  public:
-  directory() {
-    std::string path = std::filesystem::temp_directory_path() / "strait-test-XXXXXX";
+  explicit directory(const std::filesystem::path& where = std::filesystem::temp_directory_path()) {
+    std::string path = where / "strait-test-XXXXXX";
     if (::mkdtemp(path.data()) == nullptr) throw std::system_error{errno, std::system_category(), path};
     path_ = path;
   }
@@ -560,3 +562,121 @@ TEST_CASE("file: where the file system knows no nameless files a channel is made
 }
 
 #endif
+
+namespace {
+
+/// A directory on a disk; none where both of those that every test has are memory.
+std::optional<std::filesystem::path> on_a_disk() {
+  for (const auto& where : {std::filesystem::temp_directory_path(), std::filesystem::current_path()}) {
+    struct ::statfs system{};
+    constexpr long in_memory = 0x0102'1994;  // tmpfs
+    if (::statfs(where.c_str(), &system) == 0 && system.f_type != in_memory) return where;
+  }
+  return std::nullopt;
+}
+
+/// How much of what this process has mapped of the file was written to and is not on its disk yet.
+std::size_t not_on_disk(const std::string& path) {
+  std::ifstream file{"/proc/self/smaps"};
+  std::size_t kilobytes = 0;
+  bool inside = false;
+  for (std::string line; std::getline(file, line);) {
+    if (line.find('-') < line.find(':')) inside = line.ends_with(path);  // "7f00-7f20 rw-s ...": begins a mapping
+    const std::string_view key = std::string_view{line}.substr(0, line.find(':'));
+    if (inside && (key == "Shared_Dirty" || key == "Private_Dirty"))
+      kilobytes += std::stoul(line.substr(key.size() + 1));
+  }
+  return kilobytes * 1024;
+}
+
+constexpr std::size_t head_in_file = offsetof(segment_header, lane) + offsetof(strait::lane_control<>, head);
+
+}  // namespace
+
+TEST_CASE("file: sync has the disk hold what was sent and what was taken") {
+  const auto disk = on_a_disk();
+  if (!disk) {
+    MESSAGE("skipped: expected a disk under the temporary or the working directory, found memory");
+    return;
+  }
+  const directory here{*disk};
+  auto tx = strait::open_sender<number>(here.channel(), {.capacity = 4096});
+  auto rx = strait::open_receiver<number>(here.channel());
+  send(tx, 0, 3000);
+  REQUIRE(not_on_disk(here.ring()) >= 3000 * sizeof(number));
+  tx.sync();
+  CHECK(not_on_disk(here.ring()) == 0);
+  // Fewer than are released at a time, and now they are.
+  take(rx, 0, 10);
+  REQUIRE(read_word<std::uint64_t>(here.ring(), head_in_file) == 0);
+  rx.sync();
+  CHECK(read_word<std::uint64_t>(here.ring(), head_in_file) == 10);
+  CHECK(not_on_disk(here.ring()) == 0);
+  // The stream goes on.
+  send(tx, 3000, 1000);
+  take(rx, 10, 3990);
+}
+
+TEST_CASE("file: when power fails after sync nothing is lost and nothing comes twice") {
+  const directory here;
+  const std::string before = here.path() + "/before.ring";
+  const std::string after = here.path() + "/after.ring";
+  {
+    auto tx = strait::open_sender<number>(here.channel(), {.capacity = 64});
+    auto rx = strait::open_receiver<number>(here.channel());
+    send(tx, 0, 5);
+    take(rx, 0, 2);
+    std::filesystem::copy_file(here.ring(), before);
+    rx.sync();
+    std::filesystem::copy_file(here.ring(), after);  // what the disk holds now
+  }
+  for (const auto& [path, first] : {std::pair{before, number{0}}, std::pair{after, number{2}}}) {
+    reboot(path);
+    auto rx = strait::open_receiver<number>("file:" + path);
+    take(rx, first, 5 - first);
+    std::error_code error;
+    CHECK_FALSE(rx.try_recv(error));
+    CHECK(error == errc::peer_died);
+  }
+}
+
+TEST_CASE("child: its disk is broken" * doctest::skip()) {
+  if (!test::is_child()) return;
+  const std::string on_disk = test::parent_says();
+  const std::string in_memory = test::parent_says();
+  auto tx = strait::open_sender<number>(on_disk, {.capacity = 64});
+  auto rx = strait::open_receiver<number>(on_disk);
+  auto other_tx = strait::open_sender<number>(in_memory, {.capacity = 64});
+  test::refuse_call(SYS_msync, EIO);
+  const std::error_code broken{EIO, std::system_category()};
+  check_refused(broken, {on_disk, "disk"}, [&] { tx.sync(); });
+  check_refused(broken, {on_disk, "disk"}, [&] { rx.sync(); });
+  send(tx, 0, 5);
+  take(rx, 0, 5);
+  other_tx.sync();  // there is no disk to ask
+}
+TEST_CASE("file: a disk that fails is an error of sync and of nothing else; and who may not ask is told so") {
+  const channel_name on_disk = file_name("broken");
+  const channel_name in_memory{"no-disk", test::posix_memory::scheme};
+  test::other_process child{"child: its disk is broken"};
+  child.say(on_disk.text());
+  child.say(in_memory.text());
+  CHECK(child.finish() == 0);
+
+  auto tx = strait::open_sender<number>(on_disk.text());
+  const ::pid_t forked = ::fork();
+  if (forked == 0) {
+    std::error_code error;
+    try {
+      tx.sync();
+    } catch (const std::system_error& caught) {
+      error = caught.code();
+    }
+    ::_exit(error == errc::inherited ? 0 : 1);
+  }
+  int status = -1;
+  CHECK(::waitpid(forked, &status, 0) == forked);
+  CHECK(status == 0);
+  tx.close();
+  check_refused(errc::closed, {"closed"}, [&] { tx.sync(); });
+}

@@ -7,6 +7,7 @@
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <array>
@@ -341,6 +342,40 @@ TEST_CASE("numa: huge pages that were set aside: private, and a file of hugetlbf
     const auto fallen_back = strait::make_sealed_segment(handed, plan, other);
     CHECK(fallen_back.map.report().page_bytes == 4096);
     CHECK(fallen_back.map.report().shortfall.find("no hugetlb pages") != std::string::npos);
+  }
+
+  // A System V segment, for both of its ends; and in the child of a fork there is other memory in its place.
+  {
+    const channel_name name{"huge", test::system_v_memory::scheme};
+    const strait::channel_options options{.capacity = 4 * capacity, .node = 1, .pages = strait::page_kind::huge};
+    auto tx = strait::open_sender<message>(name.text(), options);
+    auto rx = strait::open_receiver<message>(name.text(), options);
+    for (const auto& told : {tx.explain(), rx.explain()}) {
+      CHECK(told.pages.shortfall == "");
+      CHECK(told.pages.page_bytes == huge);
+      CHECK(told.pages.bytes == huge);
+      CHECK(told.pages.nodes == std::vector<strait::node_share>{{1, huge / 4096}});
+    }
+    const ::pid_t forked = ::fork();
+    if (forked == 0) {
+      std::error_code error;
+      (void)rx.try_recv(error);  // it looks at cursors that cannot be
+      ::_exit(error == strait::errc::inherited ? 0 : 1);
+    }
+    int status = -1;
+    REQUIRE(::waitpid(forked, &status, 0) == forked);
+    CHECK(status == 0);
+    tx.blocking_send(42);
+    CHECK(rx.blocking_recv() == message{42});
+    tx.close();
+    rx.close();
+    CHECK_FALSE(name.exists());
+    // More than there are.
+    auto small = strait::open_sender<message>(
+        name.text(), {.capacity = 64 * huge / sizeof(message), .pages = strait::page_kind::huge});
+    CHECK(small.explain().pages.page_bytes == 4096);
+    CHECK(small.explain().pages.shortfall.find("no hugetlb pages: expected 65 free ones of 2048 KiB") !=
+          std::string::npos);
   }
 
   REQUIRE((::mkdir("/dev/hugepages", 0755) == 0 || errno == EEXIST));

@@ -28,7 +28,8 @@
 
 namespace test {
 
-/// The memories that have names: what TEST_CASE_TEMPLATE takes after the name of its parameter.
+/// The memories that have names, and may be entered and left under them by anybody at any time: what TEST_CASE_TEMPLATE
+/// takes after the name of its parameter.
 struct posix_memory {
   static constexpr std::string_view scheme = "posix:";
 };
@@ -43,6 +44,10 @@ struct file_memory {
 /// The schemes of the same, for loops.
 inline constexpr std::string_view named_memories[] = {posix_memory::scheme, system_v_memory::scheme,
                                                       file_memory::scheme};
+
+/// Memory that is handed over at a socket. It has no name: `unix:` is followed by the socket's, and only who connects
+/// there, once, is given an end. So whatever is about entering by a name does not apply to it (docs/design/unix.md).
+inline constexpr std::string_view handed_over_scheme = "unix:";
 
 /// The key of a System V channel: 32-bit FNV-1a of its name.
 inline ::key_t key_of(std::string_view name) {
@@ -89,7 +94,7 @@ class channel_name {
   /// In the memory of this run, unless said otherwise.
   explicit channel_name(std::string_view what, std::string_view scheme = test::scheme()) : scheme_{scheme} {
     static int count = 0;
-    directory_ = scheme == file_memory::scheme ? std::filesystem::temp_directory_path().string() + '/' : "/dev/shm/";
+    directory_ = is_path() ? std::filesystem::temp_directory_path().string() + '/' : "/dev/shm/";
     if (is_system_v()) directory_ += ".strait-sysv-";
     name_ = "strait-test-" + std::to_string(::getpid()) + '-' + std::to_string(++count) + '-' + std::string{what};
   }
@@ -103,10 +108,12 @@ class channel_name {
   /// The last part of the path; for `posix:` what stands after the scheme.
   [[nodiscard]] const std::string& bare() const noexcept { return name_; }
   /// What the user would write.
-  [[nodiscard]] std::string text() const { return scheme_ + (outlives_its_ends() ? path() : name_); }
-  /// Of the file that carries the locks.
+  [[nodiscard]] std::string text() const { return scheme_ + (is_path() ? path() : name_); }
+  /// Of the file that carries the locks, or of the socket.
   [[nodiscard]] std::string path() const { return directory_ + name_; }
   [[nodiscard]] bool is_system_v() const { return scheme_ == system_v_memory::scheme; }
+  /// Whether it is a socket's name, and the memory has none.
+  [[nodiscard]] bool is_handed_over() const { return scheme_ == handed_over_scheme; }
   /// Whether the name is there when the last end has left.
   [[nodiscard]] bool outlives_its_ends() const { return scheme_ == file_memory::scheme; }
   /// Whether there is anything under the name.
@@ -116,6 +123,8 @@ class channel_name {
   }
 
  private:
+  [[nodiscard]] bool is_path() const { return outlives_its_ends() || is_handed_over(); }
+
   std::string scheme_;
   std::string directory_;
   std::string name_;
