@@ -393,8 +393,8 @@ struct asio_suspension {
 /// gets Asio's system executor. Never within this call.
 ///
 /// Waits: in that hub. Cancel safety: with a cancellation slot, as `recv`: nothing is taken. Allocates: one block from the
-/// handler's associated allocator, or from Asio's cache. Errors: as `recv`, and `asio::error::operation_aborted`.
-/// Complexity: constant.
+/// handler's associated allocator, or from Asio's cache; another from that with a cancellation slot, and a strand without
+/// an executor. Errors: as `recv`, and `asio::error::operation_aborted`. Complexity: constant.
 template <class T, class Token>
 auto async_recv(receiver<T>& from, Token&& token) {
   using operation = typename receiver<T>::template recv_operation<>;
