@@ -461,6 +461,9 @@ namespace strait {
 /// `fallocate` of the first `bytes` bytes. Returns an errno, or 0.
 [[nodiscard]] int allocate_bytes(int descriptor, std::size_t bytes, int mode = 0) noexcept;
 
+/// The size of a page in the file behind the descriptor, where it is one of hugetlbfs; else 0.
+[[nodiscard]] std::size_t hugetlb_page_of(int descriptor) noexcept;
+
 /// How long a file is that holds so many bytes: huge pages must lie in it as a whole.
 [[nodiscard]] std::size_t file_bytes(int descriptor, std::size_t bytes, const page_wishes& wishes);
 

@@ -653,14 +653,6 @@ std::size_t hugetlb_page() {
   return bytes;
 }
 
-/// The size of a page in the file behind the descriptor, where it is one of hugetlbfs; else 0.
-std::size_t hugetlb_page_of(int descriptor) noexcept {
-  struct ::statfs system{};
-  constexpr long hugetlbfs = 0x958458f6;
-  if (::fstatfs(descriptor, &system) != 0 || system.f_type != hugetlbfs) return 0;
-  return static_cast<std::size_t>(system.f_bsize);
-}
-
 std::string list_of(const std::vector<unsigned>& numbers) {
   std::string text;
   for (const unsigned number : numbers) text += (text.empty() ? "" : ", ") + std::to_string(number);
@@ -739,6 +731,13 @@ std::string lack_of_hugetlb_pages(std::size_t bytes) {
   const std::size_t free = number_in("/sys/kernel/mm/hugepages/hugepages-" + size + "kB/free_hugepages", 0);
   return "no hugetlb pages: expected " + std::to_string(round_up(bytes, page) / page) + " free ones of " + size +
          " KiB, found " + std::to_string(free) + " (/proc/sys/vm/nr_hugepages)";
+}
+
+std::size_t hugetlb_page_of(int descriptor) noexcept {
+  struct ::statfs system{};
+  constexpr long hugetlbfs = 0x958458f6;
+  if (::fstatfs(descriptor, &system) != 0 || system.f_type != hugetlbfs) return 0;
+  return static_cast<std::size_t>(system.f_bsize);
 }
 
 std::size_t file_bytes(int descriptor, std::size_t bytes, const page_wishes& wishes) {

@@ -37,6 +37,21 @@ import strait.error;
 namespace strait {
 namespace {
 
+/// Copies from memory into which others write meanwhile: whole words as far as there are any, each read once.
+void copy_shared(const std::byte* from, std::span<std::byte> into) noexcept {
+  using word = std::uint64_t;
+  static_assert(std::atomic<word>::is_always_lock_free && std::atomic<std::byte>::is_always_lock_free);
+  // relaxed, both: nothing is concluded from the copy until it was checked.
+  std::size_t at = 0;
+  for (; at + sizeof(word) <= into.size(); at += sizeof(word)) {
+    const word one = reinterpret_cast<const std::atomic<word>*>(from + at)->load(std::memory_order_relaxed);
+    std::memcpy(into.data() + at, &one, sizeof one);
+  }
+  for (; at < into.size(); ++at) {
+    into[at] = reinterpret_cast<const std::atomic<std::byte>*>(from + at)->load(std::memory_order_relaxed);
+  }
+}
+
 /// Ends the segment. Different names may come to one key, and programs that know nothing of us use keys, too.
 struct system_v_label {
   /// Stored last.
@@ -245,7 +260,7 @@ std::optional<system_v_segment> find_system_v(const memory_name& name, const sys
     refuse("of " + std::to_string(state.shm_segsz) + " bytes without a strait label");
   }
   found.copied = static_cast<std::size_t>(std::min<std::uint64_t>(into.size(), found.bytes));
-  if (found.copied != 0) std::memcpy(into.data(), seen.data(), found.copied);
+  copy_shared(seen.data(), into.first(found.copied));
   return found;
 }
 

@@ -332,8 +332,14 @@ TEST_CASE("numa: huge pages that were set aside: private, and a file of hugetlbf
     CHECK(made.map.report().shortfall.empty());
     CHECK(made.map.report().page_bytes == huge);
     CHECK(nodes_of(made.map.data(), huge) == only(1));
-    const auto entered = strait::enter_sealed_segment(
-        handed, memory.get(), 64, [](std::span<const std::byte>) -> std::size_t { return 8192; }, {});
+    const auto enter = [&](strait::page_kind kind) {
+      return strait::enter_sealed_segment(
+          handed, memory.get(), 64, [](std::span<const std::byte>) -> std::size_t { return 8192; }, {.kind = kind});
+    };
+    // Who has not asked for such pages does not depend on what few of them there are.
+    test::check_refused(strait::errc::foreign_segment, {handed.text(), "expected memory of ordinary pages"},
+                        [&] { (void)enter(strait::page_kind::transparent); });
+    const auto entered = enter(strait::page_kind::huge);
     CHECK(*entered.map.data() == std::byte{7});
     CHECK(entered.map.report().page_bytes == huge);
     // More than there are: small ones, and said so.
