@@ -1667,9 +1667,19 @@ TEST_CASE("who is told of a death by one channel and closes the others leaves no
       for (std::size_t j : {0U, 1U}) (void)ends[j].try_recv(told[j]);
       return told[0] || told[1];
     }));
-    // Where both were told, the kernel had dropped both locks before we looked: this attempt shows nothing.
-    if (static_cast<bool>(told[0]) != static_cast<bool>(told[1])) ++shown;
+    const std::int64_t began = strait::now_ns();
     for (auto& end : ends) end.close();
+    if (strait::now_ns() - began >= 1'000'000'000) {
+      // The kernel, kept from it by other work, took longer over the dead than who closes waits for it. Then the name is the
+      // next comer's to take away, and this attempt shows nothing.
+      CHECK(peer.reap() == SIGKILL);
+      for (const char* which : {"-1", "-2"}) {
+        if (exists(name + which)) strait::remove_channel(name + which);
+      }
+      continue;
+    }
+    // Where both were told, the kernel had dropped both locks before we looked: this attempt shows nothing either.
+    if (static_cast<bool>(told[0]) != static_cast<bool>(told[1])) ++shown;
     check_left_in_order(name + "-1");
     check_left_in_order(name + "-2");
     CHECK(peer.reap() == SIGKILL);
