@@ -216,7 +216,7 @@ class blocking_result {
   }
 
   blocking_wait wait_;
-  std::optional<result_in_tuple<T>> value_;
+  std::optional<result_or_monostate<T>> value_;
   std::exception_ptr error_;
 };
 

@@ -446,7 +446,7 @@ class task_operation {
   }
 
   task<T> task_;
-  std::optional<result_in_tuple<T>> result_;
+  std::optional<result_or_monostate<T>> result_;
   std::exception_ptr error_;
   hub_waiter* waiter_ = nullptr;
   bool ended_ = false;
@@ -569,7 +569,7 @@ class select_operation : public selection<Operations...> {
 
  public:
   static constexpr bool sets_errors = false;
-  using result = selected<result_in_tuple<std::decay_t<decltype(std::declval<Operations&>().finish())>>...>;
+  using result = selected<result_or_monostate<std::decay_t<decltype(std::declval<Operations&>().finish())>>...>;
 
   using base::base;
 

@@ -438,9 +438,9 @@ class task_group {
   task_siblings siblings_;
 };
 
-/// What a task yields in the tuple of `when_all`.
+/// What a task yields where nothing cannot stand: in a tuple, in an optional.
 template <class T>
-using result_in_tuple = std::conditional_t<std::is_void_v<T>, std::monostate, T>;
+using result_or_monostate = std::conditional_t<std::is_void_v<T>, std::monostate, T>;
 
 /// Tasks that are awaited together. What `when_all` returns.
 template <class... Ts>
@@ -461,9 +461,9 @@ class [[nodiscard]] when_all_operation {
     siblings_.resume_when_settled(awaiting);
     return true;
   }
-  std::tuple<result_in_tuple<Ts>...> await_resume() {
+  std::tuple<result_or_monostate<Ts>...> await_resume() {
     siblings_.throw_if_failed();
-    return std::apply([](auto&... results) { return std::tuple<result_in_tuple<Ts>...>{std::move(*results)...}; },
+    return std::apply([](auto&... results) { return std::tuple<result_or_monostate<Ts>...>{std::move(*results)...}; },
                       results_);
   }
 
@@ -474,7 +474,7 @@ class [[nodiscard]] when_all_operation {
   }
 
   template <class T>
-  static task_siblings::member run(task<T>& what, std::optional<result_in_tuple<T>>& into) {
+  static task_siblings::member run(task<T>& what, std::optional<result_or_monostate<T>>& into) {
     if constexpr (std::is_void_v<T>) {
       co_await what;
       into.emplace();
@@ -485,7 +485,7 @@ class [[nodiscard]] when_all_operation {
 
   // Destroyed in the opposite order: the siblings hold on to both others.
   std::tuple<task<Ts>...> tasks_;
-  std::tuple<std::optional<result_in_tuple<Ts>>...> results_;
+  std::tuple<std::optional<result_or_monostate<Ts>>...> results_;
   task_siblings siblings_;
 };
 

@@ -261,8 +261,11 @@ bool send_at_once(int connection, std::span<const std::byte> message, std::span<
 }
 
 void ring_line(int line) noexcept {
-  // Where it is full, nobody has read it; see there.
-  (void)send_at_once(line, std::array{std::byte{}});
+  const std::byte ring{};
+  ::ssize_t sent = 0;
+  do {
+    sent = ::send(line, &ring, sizeof ring, MSG_DONTWAIT | MSG_NOSIGNAL);
+  } while (sent < 0 && errno == EINTR);
 }
 
 unsigned online_cpu_count() noexcept {
