@@ -796,6 +796,9 @@ class glass {
   }
   /// Messages that were ever sent.
   [[nodiscard]] std::uint64_t sent() const { return header_->lane.tail.load(); }
+  /// Messages that were ever taken and released.
+  [[nodiscard]] std::uint64_t taken() const { return header_->lane.head.load(); }
+  [[nodiscard]] std::uint64_t capacity() const { return header_->capacity; }
   [[nodiscard]] std::uint64_t in_lane() const { return header_->lane.tail.load() - header_->lane.head.load(); }
   [[nodiscard]] bool full() const { return in_lane() == header_->capacity; }
 
@@ -1286,18 +1289,15 @@ void stop_a_peer(death::form how, engine& where) {
   REQUIRE(within(patience, [&] { return here.book.done > 1000; }));
   peer.send_signal(SIGSTOP);
   CHECK(within(patience, [&] { return peer.state() == 'T'; }));
-  // It comes to rest when it has taken all there is, or filled the lane. Its word need not say so: the peer may have been
-  // stopped between taking the announcement back and ringing, and then it sleeps behind a word that says `awake`.
+  // How far it gets without the peer, whose cursor does not move. Whether it gets there is open: the peer may have been
+  // stopped between taking an announcement back and ringing, and then it sleeps beside what there is to do.
   const glass seen{name};
-  REQUIRE(within(patience, [&] {
-    const bool nothing_to_do = std::is_same_v<Own, receiving> ? seen.in_lane() == 0 : seen.full();
-    return nothing_to_do && here.book.done == seen.sent();  // in this order: then neither changes any more
-  }));
-  const std::uint64_t before = here.book.done;
+  const std::uint64_t most = std::is_same_v<Own, receiving> ? seen.sent() : seen.taken() + seen.capacity();
   std::this_thread::sleep_for(stopped_for);
   CHECK(here.book.deaths.load() == 0);
   CHECK(here.book.finished.load() == 0);
-  CHECK(here.book.done.load() == before);
+  const std::uint64_t before = here.book.done;
+  CHECK(before <= most);
   peer.send_signal(SIGCONT);
   CHECK(within(patience, [&] { return here.book.done > before + 1000; }));
   CHECK(here.book.deaths.load() == 0);
