@@ -106,7 +106,9 @@ bool is_eventfd(int candidate) noexcept {
   return length > 0 && std::string_view{target.data(), static_cast<std::size_t>(length)} == "anon_inode:[eventfd]";
 }
 
-constexpr int look_again_ms = 10;
+/// How often a lock is looked at that has to be looked at again. Who waits for its answer is to have it within 5 ms; each look
+/// costs some microseconds.
+constexpr int look_again_ms = 3;
 
 process_identity random_identity() {
   process_identity drawn;
