@@ -38,7 +38,7 @@ export import strait.endpoint;
 ///  - `finish()`: does it. A message leaves the ring only here, or in the next, both once whoever asked for it is there
 ///    to take it: an operation that is cancelled or destroyed while it waits has taken nothing.
 ///  - `at_once()`, where an operation has it: does it without waiting, when nothing but the lane must be looked at. What
-///    `outcome()` then returns, an `at_once_outcome`, is made the result by `result_of(outcome)`.
+///    `outcome()` then returns is made the result by `result_of(outcome)`, where there is one.
 export namespace strait {
 
 /// What a message type is called across processes. Specialise it for types of your own: the name and version are
@@ -324,7 +324,8 @@ class operation_awaiter {
     }
   }
 
-  /// If the operation was done at once; then nothing below was ever written.
+  /// If the operation was done at once; then there never was an `operation_`. Zeros otherwise, though nobody reads them:
+  /// what every awaiter overwrites need not be written by one that is done.
   std::array<std::byte, at_once_outcome_bytes> outcome_{};
   /// Not a bool, whose loads clang 19 does not follow from one block into another.
   std::uint32_t done_at_once_ = 0;
@@ -457,16 +458,14 @@ using awaitable_operation = asio::awaitable<awaited<Operation>, asio::any_io_exe
 /// the hardware's own prefetcher does not cross lines that are modified elsewhere in time.
 inline constexpr std::size_t bytes_ahead = 512;
 
-/// How many messages ahead that is, and for how many messages it is done together: a stretch, four lines of small ones.
+/// How many messages ahead that is, and for how many it is done together: a stretch.
 template <class T>
 inline constexpr std::uint64_t messages_ahead = sizeof(T) >= bytes_ahead ? 1 : std::bit_floor(bytes_ahead / sizeof(T));
-template <class T>
-inline constexpr std::uint64_t messages_a_stretch = sizeof(T) >= 512 ? 1 : std::bit_floor(512 / sizeof(T));
 
 /// The first cursor of the stretch after that of this one.
 template <class T>
 [[nodiscard]] constexpr std::uint64_t next_stretch(std::uint64_t cursor) noexcept {
-  return (cursor | (messages_a_stretch<T> - 1)) + 1;
+  return (cursor | (messages_ahead<T> - 1)) + 1;
 }
 
 /// Calls `use` with an address in each line of the `count` slots from number `first` on; `mask` wraps them.
@@ -812,8 +811,8 @@ class sender {
   /// The same where `can_send_at_once`: no fence.
   [[gnu::always_inline]] void push_at_once(const T& message) noexcept {
     const single_user::use mine{user_};
-    std::atomic<std::uint32_t>& receivers_word =
-        receiver_word();  // once: behind a publication it would be loaded again
+    // Before the publication, behind which the compiler would load the pointer to it again.
+    std::atomic<std::uint32_t>& receivers_word = receiver_word();
     lane_.template push<T>(slots(), message);
     if (const presence receiver = claim_ring(receivers_word, store_load::by_machine_barrier);
         receiver != presence::awake) [[unlikely]]
@@ -822,9 +821,8 @@ class sender {
 
   [[gnu::always_inline]] void fetch_ahead() const noexcept {
     // Only slots that are known to be free: the receiver still reads the others.
-    constexpr std::uint64_t to = messages_ahead<T> + messages_a_stretch<T>;
-    if (lane_.tail() % messages_a_stretch<T> == 0 && lane_.known_room() >= to) [[unlikely]] {
-      for_each_line(slots(), lane_.capacity() - 1, lane_.tail() + messages_ahead<T>, messages_a_stretch<T>,
+    if (lane_.tail() % messages_ahead<T> == 0 && lane_.known_room() >= 2 * messages_ahead<T>) [[unlikely]] {
+      for_each_line(slots(), lane_.capacity() - 1, lane_.tail() + messages_ahead<T>, messages_ahead<T>,
                     [](const std::byte* line) { prefetch_for_writing(line); });
     }
   }
@@ -1299,9 +1297,8 @@ class receiver {
 
   [[gnu::always_inline]] void fetch_ahead() const noexcept {
     // Only messages that are known to be there: the sender still writes the other slots.
-    constexpr std::uint64_t to = messages_ahead<T> + messages_a_stretch<T>;
-    if (lane_.head() % messages_a_stretch<T> == 0 && lane_.known() >= to) [[unlikely]] {
-      for_each_line(slots(), lane_.capacity() - 1, lane_.head() + messages_ahead<T>, messages_a_stretch<T>,
+    if (lane_.head() % messages_ahead<T> == 0 && lane_.known() >= 2 * messages_ahead<T>) [[unlikely]] {
+      for_each_line(slots(), lane_.capacity() - 1, lane_.head() + messages_ahead<T>, messages_ahead<T>,
                     [](const std::byte* line) { prefetch_for_reading(line); });
     }
   }

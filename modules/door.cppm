@@ -387,8 +387,9 @@ class listener {
 /// Waits: in the hub. Cancel safety: an attempt that is cancelled or destroyed is given up; the listener then sees a peer
 /// that closed, if any. Allocates: a thread; the mapping of the memory. Errors, thrown or set: `unknown_scheme`,
 /// `bad_name`; `type_mismatch`, `layout_mismatch`, `version_mismatch`, `no_permission`, each of which tells both sides;
-/// ENOENT or ECONNREFUSED when nobody listens, ECONNRESET when the listener hangs up meanwhile; `foreign_segment` and the like when what was handed over is not sound; or
-/// the errno of the failing call. Complexity: system calls; touching the memory.
+/// ENOENT or ECONNREFUSED when nobody listens, ECONNRESET when the listener hangs up meanwhile; `foreign_segment` and the
+/// like when what was handed over is not sound; or the errno of the failing call. Complexity: system calls; touching the
+/// memory.
 template <class In, class Out>
 [[nodiscard]] auto connect(std::string_view name, const connect_options& options = {}) {
   using operation = arrival_operation<In, Out, std::unique_ptr<caller>, errors_thrown>;

@@ -331,9 +331,6 @@ class endpoint final : private process_watcher {
   endpoint& operator=(const endpoint&) = delete;
 
   [[nodiscard]] inline lane_control<>& lane() const noexcept { return header_->lane; }
-  [[nodiscard]] inline std::byte* slots() const noexcept {
-    return reinterpret_cast<std::byte*>(header_) + slots_offset_;
-  }
   [[nodiscard]] inline std::uint64_t capacity() const noexcept { return capacity_; }
   [[nodiscard]] inline store_load barrier() const noexcept { return barrier_; }
   [[nodiscard]] inline std::atomic<std::uint32_t>& own_word() const noexcept { return own().presence; }
@@ -487,7 +484,6 @@ class endpoint final : private process_watcher {
   end_entry* peer_ = nullptr;
   std::uint64_t capacity_ = 0;
   role role_ = role::sender;
-  std::uint32_t slots_offset_ = 0;
   std::uint32_t death_seen_ = 0;
   std::atomic<std::uint32_t> watched_incarnation_{0};
   /// Whether this end holds a role in a segment that another process shares: only there can a peer die.

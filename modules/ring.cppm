@@ -77,10 +77,10 @@ class native_slot {
   }
 
   [[nodiscard]] T take() noexcept(std::is_nothrow_move_constructible_v<T>) {
-    T* message = std::launder(reinterpret_cast<T*>(bytes_));
     if constexpr (std::is_trivially_copyable_v<T>) {
-      return *message;
+      return copy();
     } else {
+      T* message = std::launder(reinterpret_cast<T*>(bytes_));
       struct destroy {
         T* message;
         ~destroy() { message->~T(); }

@@ -244,7 +244,6 @@ void endpoint::adopt(segment_header& header, const segment_header& checked, role
   peer_ = &header.ends[static_cast<std::size_t>(other(mine))];
   role_ = mine;
   capacity_ = checked.capacity;
-  slots_offset_ = checked.slots_offset;
   message_bytes_ = checked.message_bytes;
   barrier_ = checked.barrier;
   policy_ = options.wait;

@@ -344,7 +344,9 @@ class nursling {
       const file_locks directory{directory_of(path_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0};
       if (directory.descriptor() < 0 && errno != EACCES) fail_to_create(directory_of(path_));
       fill();
-      return give_name() && name_is_on_disk(directory.descriptor());
+      if (!give_name()) return false;
+      write_name_to_disk(directory.descriptor());
+      return true;
     }
     if (name_.scheme != memory_scheme::system_v) {
       fill();
@@ -428,11 +430,10 @@ class nursling {
 
   /// A file's name is the directory's, and goes to the disk with that. A directory that may be written to and not read
   /// cannot be asked for it, and some file systems have nothing to say to that (EINVAL).
-  [[nodiscard]] bool name_is_on_disk(int directory) const {
+  void write_name_to_disk(int directory) const {
     if (directory >= 0 && ::fsync(directory) != 0 && errno != EINVAL) {
       fail_errno(errno, name_.text() + ": writing its name to the disk");
     }
-    return true;
   }
 
   void open_nameless(unsigned mode) {

@@ -110,10 +110,9 @@ segment enter_sealed_segment(const memory_name& name, int handed_over, std::size
   // Of those there are few, and its maker may punch holes into them: whoever touches a hole when none are left is ended by
   // a signal.
   if (wishes.kind != page_kind::huge && hugetlb_page_of(handed_over) != 0) {
-    fail(errc::foreign_segment,
-         what +
-             ": expected memory of ordinary pages, as nobody here has asked for `huge` ones; found "
-             "pages of hugetlbfs");
+    fail(errc::foreign_segment, what +
+                                    ": expected memory of ordinary pages, as this end did not ask for `huge` ones, "
+                                    "found pages of hugetlbfs");
   }
   struct ::stat file{};
   if (::fstat(handed_over, &file) != 0) fail_errno(errno, what + ": looking at the memory that was handed over");

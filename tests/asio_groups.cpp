@@ -33,6 +33,7 @@
 #include <vector>
 
 #include "asio_moved.hpp"
+#include "chance.hpp"
 
 import strait;
 
@@ -329,22 +330,6 @@ TEST_CASE("a signal that is emitted when the operation is over, and its context 
 
 namespace {
 
-class chance {
- public:
-  explicit chance(std::uint64_t seed) : state_{seed * 0x9e37'79b9'7f4a'7c15 + 1} {}
-  std::uint64_t below(std::uint64_t limit) {
-    state_ ^= state_ << 13;
-    state_ ^= state_ >> 7;
-    state_ ^= state_ << 17;
-    return state_ % limit;
-  }
-  /// A moment at which an operation may just have gone on, or not.
-  std::chrono::nanoseconds moment() { return std::chrono::nanoseconds{below(4) == 0 ? 0 : below(20'000)}; }
-
- private:
-  std::uint64_t state_;
-};
-
 /// One end's account of a channel.
 struct account {
   message next = 0;
@@ -386,7 +371,7 @@ struct weather {
 template <class Own>
 asio::awaitable<void> send_groups(strait::sender<message> a, strait::sender<message> b, message count, Own own,
                                   std::array<account, 2>& sent, weather& seen) {
-  chance any{11};
+  test::chance any{11};
   asio::steady_timer timer{co_await asio::this_coro::executor};
   while (sent[0].next < count || sent[1].next < count) {
     ++seen.rounds;
@@ -450,7 +435,7 @@ template <class Own>
 asio::awaitable<void> receive_groups(strait::receiver<message>& a, strait::receiver<message>& b, Own own,
                                      std::array<account, 2>& got, weather& seen) {
   using namespace asio::experimental;
-  chance any{22};
+  test::chance any{22};
   asio::steady_timer timer{co_await asio::this_coro::executor};
   const auto one_of_two = [&](const auto& done) {
     if (done.index() == 0) {

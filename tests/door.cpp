@@ -837,10 +837,7 @@ TEST_CASE("a death is told once at each end, and then that it is closed; a lock 
   const std::string path = here.path("app.sock");
   door_type door{"unix:" + path};
   raw_client stranger{path};
-  stranger.greet<request, reply>();
-  REQUIRE(stranger.take_welcome() == 3);
-  stranger.hold_locks();
-  stranger.enter();
+  stranger.come_in<request, reply>();
   auto peer = door.blocking_accept_until(soon());
   stranger.publish(request{1});
   stranger.hang_up();  // the lines end, the locks are held: it may live
@@ -873,10 +870,7 @@ TEST_CASE("a peer that pretends to have died, or closed, has, whatever it writes
   for (const bool dies : {true, false}) {
     CAPTURE(dies);
     raw_client stranger{path};
-    stranger.greet<request, reply>();
-    REQUIRE(stranger.take_welcome() == 3);
-    stranger.hold_locks();
-    stranger.enter();
+    stranger.come_in<request, reply>();
     auto peer = door.blocking_accept_until(soon());
     auto& mine = stranger.header(0).ends[0];
     std::error_code error;
@@ -905,10 +899,7 @@ TEST_CASE("a peer that writes what cannot be poisons its channel for good, and o
   door_type door{"unix:" + path, {.lanes = {.capacity = 16}}};
   const auto met_by = [&](auto change) {
     raw_client stranger{path};
-    stranger.greet<request, reply>();
-    REQUIRE(stranger.take_welcome() == 3);
-    stranger.hold_locks();
-    stranger.enter();
+    stranger.come_in<request, reply>();
     auto peer = door.blocking_accept_until(soon());
     const auto restore = change(stranger);
     std::error_code error;

@@ -71,8 +71,12 @@ std::set<int> nodes_of(const std::byte* data, std::size_t bytes) {
   return found;
 }
 
+std::byte* slots_of(const strait::endpoint& end) {
+  return reinterpret_cast<std::byte*>(strait::slots_of<message>(end.lane()));
+}
+
 std::set<int> nodes_of(const strait::endpoint& end) {
-  return nodes_of(end.slots(), end.capacity() * sizeof(message));
+  return nodes_of(slots_of(end), end.capacity() * sizeof(message));
 }
 
 std::set<int> only(unsigned node) {
@@ -158,7 +162,8 @@ TEST_CASE("numa: memory is on the node that was asked for, whoever asks") {
           const auto second =
               open(strait::other(creator), name.text(), creator_asks ? std::nullopt : std::optional{asked});
           // By now both have touched all of it, or the kernel would not tell where it is.
-          for (volatile std::byte* at = first->slots(); at < first->slots() + capacity * sizeof(message); at += 4096) {
+          std::byte* const begin = slots_of(*first);
+          for (volatile std::byte* at = begin; at < begin + capacity * sizeof(message); at += 4096) {
             *at = *at;
           }
           (void)first->look_at_peer(0);
@@ -248,7 +253,7 @@ TEST_CASE("child: a receiver on node 1" * doctest::skip()) {
   (void)end->look_at_peer(0);
   // All but what the sender has touched and a stranger may not move: the page of its first message.
   const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-  CHECK(nodes_of(end->slots() + page, capacity * sizeof(message) - 2 * page) == only(1));
+  CHECK(nodes_of(slots_of(*end) + page, capacity * sizeof(message) - 2 * page) == only(1));
   test::tell_parent("moved");
   test::parent_says();
 }

@@ -30,6 +30,7 @@
 #include <utility>
 #include <variant>
 
+#include "chance.hpp"
 #include "coroutines.hpp"
 #include "other_process.hpp"
 
@@ -71,22 +72,6 @@ std::uint64_t operations() {
   return count;
 }
 
-class chance {
- public:
-  explicit chance(std::uint64_t seed) : state_{seed * 0x9e37'79b9'7f4a'7c15 + 1} {}
-  std::uint64_t below(std::uint64_t limit) {
-    state_ ^= state_ << 13;
-    state_ ^= state_ >> 7;
-    state_ ^= state_ << 17;
-    return state_ % limit;
-  }
-  /// A moment at which the operation may just have gone on, or not.
-  std::chrono::nanoseconds soon() { return std::chrono::nanoseconds{below(4) == 0 ? 0 : below(20'000)}; }
-
- private:
-  std::uint64_t state_;
-};
-
 /// Requests a stop again and again, on a thread of its own.
 class stopper {
  public:
@@ -102,9 +87,9 @@ class stopper {
 
  private:
   void stop_again() {
-    chance when{77};
+    test::chance when{77};
     while (!over_) {
-      std::this_thread::sleep_for(when.soon());
+      std::this_thread::sleep_for(when.moment());
       std::stop_source next;
       {
         const std::lock_guard lock{mutex_};
@@ -192,14 +177,14 @@ asio::awaitable<void> receive_and_tell(strait::receiver<parcel>& rx, tally& into
 template <class Coroutine>
 Coroutine send_storm(strait::sender<parcel> tx, std::uint64_t attempts, stopper& stops, tally& counts) {
   constexpr bool in_asio = std::is_same_v<Coroutine, asio::awaitable<void>>;
-  chance any{1};
+  test::chance any{1};
   // Whoever is cancelled must be able to try again.
   for (; counts.attempts < attempts; ++counts.attempts) {
     bool done = false;
     std::error_code error;
     switch (any.below(6)) {
       case 0:
-        co_await (tx.send(parcel_of(counts.done), error) | strait::timeout(any.soon()));
+        co_await (tx.send(parcel_of(counts.done), error) | strait::timeout(any.moment()));
         done = counts.over(error);
         break;
       case 1:
@@ -207,14 +192,14 @@ Coroutine send_storm(strait::sender<parcel> tx, std::uint64_t attempts, stopper&
         done = counts.over(error);
         break;
       case 2:
-        done = (co_await strait::select(strait::sleep_for(any.soon()), tx.send(parcel_of(counts.done)))).index == 1;
+        done = (co_await strait::select(strait::sleep_for(any.moment()), tx.send(parcel_of(counts.done)))).index == 1;
         break;
       case 3:  // destroyed by a select
-        (void)co_await strait::select(send_one(tx, counts.done, done), strait::sleep_for(any.soon()));
+        (void)co_await strait::select(send_one(tx, counts.done, done), strait::sleep_for(any.moment()));
         break;
       case 4:
         if constexpr (in_asio) {
-          later cancel{co_await asio::this_coro::executor, any.soon()};
+          later cancel{co_await asio::this_coro::executor, any.moment()};
           if (any.below(2) == 0) {
             co_await strait::async_send(
                 tx, parcel_of(counts.done),
@@ -232,7 +217,7 @@ Coroutine send_storm(strait::sender<parcel> tx, std::uint64_t attempts, stopper&
         } else {
           strait::task_group group;  // destroyed by its owner
           group.spawn(send_one(tx, counts.done, done));
-          co_await strait::sleep_for(any.soon());
+          co_await strait::sleep_for(any.moment());
           group.cancel();
         }
         break;
@@ -247,14 +232,14 @@ Coroutine send_storm(strait::sender<parcel> tx, std::uint64_t attempts, stopper&
 template <class Coroutine>
 Coroutine receive_storm(strait::receiver<parcel>& rx, stopper& stops, tally& counts) {
   constexpr bool in_asio = std::is_same_v<Coroutine, asio::awaitable<void>>;
-  chance any{2};
+  test::chance any{2};
   for (; !counts.ended; ++counts.attempts) {
     const std::uint64_t before = counts.done;
     bool done = false;
     std::error_code error;
     switch (any.below(6)) {
       case 0: {
-        const auto value = co_await (rx.recv(error) | strait::timeout(any.soon()));
+        const auto value = co_await (rx.recv(error) | strait::timeout(any.moment()));
         if (counts.over(error)) counts.took(value);
         break;
       }
@@ -264,16 +249,16 @@ Coroutine receive_storm(strait::receiver<parcel>& rx, stopper& stops, tally& cou
         break;
       }
       case 2: {
-        const auto chosen = co_await strait::select(rx.recv(), strait::sleep_for(any.soon()));
+        const auto chosen = co_await strait::select(rx.recv(), strait::sleep_for(any.moment()));
         if (chosen.index == 0) counts.took(std::get<0>(chosen.result));
         break;
       }
       case 3:
-        (void)co_await strait::select(receive_one(rx, counts, done), strait::sleep_for(any.soon()));
+        (void)co_await strait::select(receive_one(rx, counts, done), strait::sleep_for(any.moment()));
         break;
       case 4:
         if constexpr (in_asio) {
-          later cancel{co_await asio::this_coro::executor, any.soon()};
+          later cancel{co_await asio::this_coro::executor, any.moment()};
           if (any.below(2) == 0) {
             const auto value = co_await strait::async_recv(
                 rx, asio::bind_cancellation_slot(cancel.slot(), asio::redirect_error(asio::use_awaitable, error)));
@@ -290,7 +275,7 @@ Coroutine receive_storm(strait::receiver<parcel>& rx, stopper& stops, tally& cou
         } else {
           strait::task_group group;
           group.spawn(receive_one(rx, counts, done));
-          co_await strait::sleep_for(any.soon());
+          co_await strait::sleep_for(any.moment());
           group.cancel();
         }
         break;

@@ -269,6 +269,14 @@ class raw_client {
       REQUIRE(::fcntl(locks_[lane], F_OFD_SETLK, &lock) == 0);
     }
   }
+  /// All of that, as an honest peer.
+  template <class ToListener, class ToClient>
+  void come_in() {
+    greet<ToListener, ToClient>();
+    REQUIRE(take_welcome() == 3);
+    hold_locks();
+    enter();
+  }
   void drop_locks() {
     for (int& lock : locks_) {
       if (lock >= 0) ::close(std::exchange(lock, -1));

@@ -16,7 +16,7 @@ using M = message<8>;
 void run(end& self) {
   auto [sending, receiving] =
       strait::endpoint::make_private(strait::shape_of<M>, {.capacity = capacity_for(sizeof(M))}, nullptr);
-  auto* const slots = reinterpret_cast<strait::native_slot<M>*>(sending->slots());
+  auto* const slots = strait::slots_of<M>(sending->lane());
   source<M> out;
   checker<M> in;
   strait::lane_producer<> producer{sending->lane(), sending->capacity()};
